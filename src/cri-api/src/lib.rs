@@ -4,7 +4,7 @@
 use std::fmt;
 
 /// Package `runtime.v1`: every message, both services, clients and servers.
-#[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, rustdoc::all)]
+#[allow(missing_docs, unreachable_pub, unused_qualifications, clippy::all, rustdoc::all)]
 pub mod v1 {
     include!("generated/runtime.v1.rs");
 }
