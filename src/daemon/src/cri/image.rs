@@ -1,0 +1,1 @@
+//! ImageService: one function per call.
