@@ -7,3 +7,5 @@
 #![allow(unsafe_code)]
 
 pub mod spec;
+
+pub mod cgroup;
