@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use crisp_cri_api::v1::image_service_client::ImageServiceClient;
-use crisp_cri_api::v1::runtime_service_client::RuntimeServiceClient;
-use crisp_cri_api::v1::*;
+use cri_api::v1::image_service_client::ImageServiceClient;
+use cri_api::v1::runtime_service_client::RuntimeServiceClient;
+use cri_api::v1::*;
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
@@ -55,7 +55,8 @@ impl Client {
 
     /// RunPodSandbox with a handler.
     pub async fn run_pod_with(&self, config: &PodSandboxConfig, handler: &str) -> Reply<String> {
-        let request = RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: handler.to_owned() };
+        let request =
+            RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: handler.to_owned() };
         Ok(self.runtime.clone().run_pod_sandbox(request).await?.into_inner().pod_sandbox_id)
     }
 
@@ -84,7 +85,12 @@ impl Client {
     }
 
     /// CreateContainer.
-    pub async fn create(&self, pod: &str, container: &ContainerConfig, config: &PodSandboxConfig) -> Reply<String> {
+    pub async fn create(
+        &self,
+        pod: &str,
+        container: &ContainerConfig,
+        config: &PodSandboxConfig,
+    ) -> Reply<String> {
         let request = CreateContainerRequest {
             pod_sandbox_id: pod.to_owned(),
             config: Some(container.clone()),
@@ -95,11 +101,20 @@ impl Client {
 
     /// StartContainer.
     pub async fn start(&self, id: &str) -> Reply<()> {
-        self.runtime.clone().start_container(StartContainerRequest { container_id: id.to_owned() }).await.map(drop)
+        self.runtime
+            .clone()
+            .start_container(StartContainerRequest { container_id: id.to_owned() })
+            .await
+            .map(drop)
     }
 
     /// CreateContainer and StartContainer.
-    pub async fn run(&self, pod: &str, container: &ContainerConfig, config: &PodSandboxConfig) -> Reply<String> {
+    pub async fn run(
+        &self,
+        pod: &str,
+        container: &ContainerConfig,
+        config: &PodSandboxConfig,
+    ) -> Reply<String> {
         let id = self.create(pod, container, config).await?;
         self.start(&id).await?;
         Ok(id)
@@ -113,7 +128,11 @@ impl Client {
 
     /// RemoveContainer.
     pub async fn remove(&self, id: &str) -> Reply<()> {
-        self.runtime.clone().remove_container(RemoveContainerRequest { container_id: id.to_owned() }).await.map(drop)
+        self.runtime
+            .clone()
+            .remove_container(RemoveContainerRequest { container_id: id.to_owned() })
+            .await
+            .map(drop)
     }
 
     /// ContainerStatus, not verbose.
@@ -131,7 +150,13 @@ impl Client {
 
     /// ListContainers with an optional filter.
     pub async fn containers(&self, filter: Option<ContainerFilter>) -> Reply<Vec<Container>> {
-        Ok(self.runtime.clone().list_containers(ListContainersRequest { filter }).await?.into_inner().containers)
+        Ok(self
+            .runtime
+            .clone()
+            .list_containers(ListContainersRequest { filter })
+            .await?
+            .into_inner()
+            .containers)
     }
 
     /// ExecSync; timeout in seconds, 0 for none.
@@ -143,7 +168,10 @@ impl Client {
 
     /// ExecSync of a shell script that must succeed; gives its stdout without the last line end.
     pub async fn sh(&self, id: &str, script: &str) -> Result<String> {
-        let reply = self.exec(id, &["/bin/sh", "-c", script], 30).await.with_context(|| format!("exec {script:?}"))?;
+        let reply = self
+            .exec(id, &["/bin/sh", "-c", script], 30)
+            .await
+            .with_context(|| format!("exec {script:?}"))?;
         anyhow::ensure!(
             reply.exit_code == 0,
             "{script:?}: exit code {}: {}{}",
@@ -179,7 +207,13 @@ impl Client {
 
     /// ListContainerStats of everything.
     pub async fn list_stats(&self) -> Reply<Vec<ContainerStats>> {
-        Ok(self.runtime.clone().list_container_stats(ListContainerStatsRequest::default()).await?.into_inner().stats)
+        Ok(self
+            .runtime
+            .clone()
+            .list_container_stats(ListContainerStatsRequest::default())
+            .await?
+            .into_inner()
+            .stats)
     }
 
     /// Status, verbose.
@@ -215,7 +249,12 @@ impl Client {
     }
 
     /// Waits until a container is in a state, at most `limit`.
-    pub async fn wait_for(&self, id: &str, state: ContainerState, limit: Duration) -> Result<ContainerStatus> {
+    pub async fn wait_for(
+        &self,
+        id: &str,
+        state: ContainerState,
+        limit: Duration,
+    ) -> Result<ContainerStatus> {
         let end = tokio::time::Instant::now() + limit;
         loop {
             let status = self.status(id).await?;
@@ -257,7 +296,12 @@ pub fn refused<T: std::fmt::Debug>(reply: Reply<T>) -> Result<Status> {
 /// Asserts that a call fails with a code and a message that names something.
 pub fn refused_with<T: std::fmt::Debug>(reply: Reply<T>, code: Code, says: &str) -> Result<()> {
     let status = refused(reply)?;
-    anyhow::ensure!(status.code() == code, "code {:?} instead of {code:?}: {}", status.code(), status.message());
+    anyhow::ensure!(
+        status.code() == code,
+        "code {:?} instead of {code:?}: {}",
+        status.code(),
+        status.message()
+    );
     anyhow::ensure!(
         status.message().to_lowercase().contains(&says.to_lowercase()),
         "the message does not say {says:?}: {}",

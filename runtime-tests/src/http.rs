@@ -28,7 +28,10 @@ const LIMIT: Duration = Duration::from_secs(60);
 impl Request {
     /// A request without a body.
     pub fn new(method: &str, path: &str) -> Request {
-        Request { head: format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"), body: Vec::new() }
+        Request {
+            head: format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"),
+            body: Vec::new(),
+        }
     }
 
     /// Adds a header.
@@ -81,7 +84,11 @@ impl Reply {
     /// An error unless the code is the one wanted.
     pub fn expect(&self, code: u16, what: &str) -> Result<()> {
         if self.code != code {
-            bail!("{what}: status {} instead of {code}: {}", self.code, self.text().chars().take(300).collect::<String>());
+            bail!(
+                "{what}: status {} instead of {code}: {}",
+                self.code,
+                self.text().chars().take(300).collect::<String>()
+            );
         }
         Ok(())
     }
@@ -92,9 +99,15 @@ fn parse(all: &[u8], head_only: bool) -> Result<Reply> {
     let head = String::from_utf8_lossy(&all[..end]);
     let mut lines = head.lines();
     let status = lines.next().unwrap_or_default();
-    let code = status.split(' ').nth(1).and_then(|c| c.parse().ok()).with_context(|| format!("status line {status:?}"))?;
-    let headers: Vec<(String, String)> =
-        lines.filter_map(|l| l.split_once(':')).map(|(n, v)| (n.trim().to_owned(), v.trim().to_owned())).collect();
+    let code = status
+        .split(' ')
+        .nth(1)
+        .and_then(|c| c.parse().ok())
+        .with_context(|| format!("status line {status:?}"))?;
+    let headers: Vec<(String, String)> = lines
+        .filter_map(|l| l.split_once(':'))
+        .map(|(n, v)| (n.trim().to_owned(), v.trim().to_owned()))
+        .collect();
     let mut reply = Reply { code, headers, body: all[end + 4..].to_vec() };
     if head_only {
         reply.body.clear();
@@ -129,7 +142,10 @@ mod tests {
 
     #[test]
     fn chunks_are_joined_and_a_short_body_is_an_error() {
-        let reply = parse(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2;x\r\nde\r\n0\r\n\r\n", false);
+        let reply = parse(
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2;x\r\nde\r\n0\r\n\r\n",
+            false,
+        );
         assert_eq!(reply.unwrap().body, b"abcde");
         assert!(parse(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", false).is_err());
     }

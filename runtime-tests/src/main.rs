@@ -1,2 +1,77 @@
-//! Skeleton.
-fn main() {}
+//! lab: everything that is done with crisp beside building it. Here: arguments. The work is the library's.
+
+use anyhow::{Result, bail};
+use clap::{Parser, Subcommand};
+use runtime_tests::image::catalog;
+use runtime_tests::{containerd, critest, daemon, registry, setup};
+
+#[derive(Parser)]
+#[command(name = "lab", about = "Sets up, tests and measures crisp")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install what is missing and build the upstream programs.
+    Setup {
+        /// Only this Go module: cri-tools, peers or kubelet.
+        module: Option<String>,
+    },
+    /// Run the CRI conformance suite.
+    Critest {
+        /// Only specs whose name matches this expression.
+        #[arg(long)]
+        focus: Option<String>,
+        /// Run also the specs that are left out by name.
+        #[arg(long)]
+        all: bool,
+        /// Show every spec.
+        #[arg(short, long)]
+        verbose: bool,
+        /// Test containerd in place of crisp, to see what this machine can pass.
+        #[arg(long)]
+        containerd: bool,
+    },
+}
+
+fn main() -> std::process::ExitCode {
+    match work() {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("lab: {error:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+fn work() -> Result<()> {
+    match Arguments::parse().command {
+        Command::Setup { module: None } => setup::everything(),
+        Command::Setup { module: Some(module) } => setup::go_module(&module),
+        Command::Critest { focus, all, verbose, containerd } => {
+            run_critest(&critest::Options { focus, all, verbose }, containerd)
+        }
+    }
+}
+
+fn run_critest(options: &critest::Options, peer: bool) -> Result<()> {
+    setup::for_tests()?;
+    setup::go_module("cri-tools")?;
+    critest::prepare_host()?;
+    let images = registry::Docker::start(&catalog::ensure()?)?;
+    let outcome = if peer {
+        setup::go_module("peers")?;
+        let containerd = containerd::Containerd::start(images.address())?;
+        critest::run(&containerd.socket(), options)?
+    } else {
+        let daemon = daemon::Daemon::start(images.address())?;
+        critest::run(&daemon.socket(), options)?
+    };
+    outcome.print();
+    if !outcome.failed.is_empty() {
+        bail!("{} specs failed", outcome.failed.len());
+    }
+    Ok(())
+}

@@ -52,7 +52,11 @@ pub fn target() -> Result<PathBuf> {
 
 /// A private directory with a short path (a unix socket's has at most 107 bytes), removed when dropped.
 pub fn scratch(prefix: &str) -> Result<tempfile::TempDir> {
-    tempfile::Builder::new().prefix(prefix).rand_bytes(5).tempdir_in("/tmp").context("create a private directory")
+    tempfile::Builder::new()
+        .prefix(prefix)
+        .rand_bytes(5)
+        .tempdir_in("/tmp")
+        .context("create a private directory")
 }
 
 /// A program on PATH or in the directories where root's programs are.

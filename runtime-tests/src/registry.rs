@@ -41,7 +41,8 @@ impl Docker {
             root.join("files").display()
         );
         std::fs::write(&config, text)?;
-        let program = place::program("docker-registry").map_or_else(|| setup::unpacked("usr/bin/docker-registry"), Ok)?;
+        let program =
+            place::program("docker-registry").map_or_else(|| setup::unpacked("docker-registry"), Ok)?;
         let log = std::fs::File::create(root.join("log"))?;
         let child = Command::new(program)
             .arg("serve")
@@ -203,8 +204,10 @@ fn note(script: &Mutex<Script>, method: &str, path: &str, range: Option<usize>) 
     let mut script = script.lock().unwrap_or_else(PoisonError::into_inner);
     let from = range.map(|from| format!(" {from}-")).unwrap_or_default();
     script.log.push(format!("{method} {path}{from}"));
-    let (_, fault, times) =
-        script.faults.iter_mut().find(|(part, _, times)| path.contains(part.as_str()) && *times != Some(0))?;
+    let (_, fault, times) = script
+        .faults
+        .iter_mut()
+        .find(|(part, _, times)| path.contains(part.as_str()) && *times != Some(0))?;
     if let Some(times) = times {
         *times -= 1;
     }
@@ -276,9 +279,11 @@ fn find(store: &Store, path: &str) -> Option<(String, Vec<u8>)> {
         let kind = serde_json::from_slice::<serde_json::Value>(&body).ok()?["mediaType"].as_str()?.to_owned();
         return Some((kind, body));
     } else {
-        store.references.iter().find(|(reference, _)| {
-            push::split(reference).is_ok_and(|(r, t)| r == repository && t == name)
-        })?.1
+        store
+            .references
+            .iter()
+            .find(|(reference, _)| push::split(reference).is_ok_and(|(r, t)| r == repository && t == name))?
+            .1
     };
     Some((blob.media_type.clone(), store.read(&blob.digest).ok()?))
 }

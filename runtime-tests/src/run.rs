@@ -10,13 +10,12 @@ use anyhow::{Context, Result, anyhow, bail};
 /// Waits until `done` gives something, asking every 20 ms, for at most `limit`.
 pub fn until<T>(what: &str, limit: Duration, mut done: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let end = Instant::now() + limit;
-    let mut last = None;
     loop {
-        match done() {
+        let last = match done() {
             Ok(Some(found)) => return Ok(found),
-            Ok(None) => last = None,
-            Err(error) => last = Some(error),
-        }
+            Ok(None) => None,
+            Err(error) => Some(error),
+        };
         if Instant::now() > end {
             let why = last.map(|e| format!(": {e:#}")).unwrap_or_default();
             bail!("{what}: not within {limit:?}{why}");
@@ -50,7 +49,8 @@ pub fn output(command: &mut Command, limit: Duration) -> Result<Output> {
     let Some(status) = wait(&mut child, limit)? else {
         bail!("{said}: still running after {limit:?}, killed");
     };
-    let collect = |thread: std::thread::JoinHandle<Vec<u8>>| thread.join().map_err(|_| anyhow!("{said}: output lost"));
+    let collect =
+        |thread: std::thread::JoinHandle<Vec<u8>>| thread.join().map_err(|_| anyhow!("{said}: output lost"));
     Ok(Output { status, stdout: collect(stdout)?, stderr: collect(stderr)? })
 }
 

@@ -37,7 +37,7 @@ const TO_TEST: &[Wanted] = &[
 /// Unpacked into the cache and never installed: installing them would start services, or put a shell of
 /// another build in the place of the host's.
 const TO_UNPACK: &[Wanted] =
-    &[("usr/bin/busybox", "busybox"), ("usr/sbin/nginx", "nginx"), ("usr/bin/docker-registry", "docker-registry")];
+    &[("busybox", "busybox"), ("nginx", "nginx"), ("docker-registry", "docker-registry")];
 
 const MUSL: &str = "x86_64-unknown-linux-musl";
 
@@ -103,13 +103,21 @@ const MODULES: &[Module] = &[
                 variables: "-X main.version=1.5.2",
                 ..PLAIN
             },
-            Tool { output: "cni/bridge", package: "github.com/containernetworking/plugins/plugins/main/bridge", ..PLAIN },
+            Tool {
+                output: "cni/bridge",
+                package: "github.com/containernetworking/plugins/plugins/main/bridge",
+                ..PLAIN
+            },
             Tool {
                 output: "cni/host-local",
                 package: "github.com/containernetworking/plugins/plugins/ipam/host-local",
                 ..PLAIN
             },
-            Tool { output: "cni/portmap", package: "github.com/containernetworking/plugins/plugins/meta/portmap", ..PLAIN },
+            Tool {
+                output: "cni/portmap",
+                package: "github.com/containernetworking/plugins/plugins/meta/portmap",
+                ..PLAIN
+            },
             Tool {
                 output: "cni/loopback",
                 package: "github.com/containernetworking/plugins/plugins/main/loopback",
@@ -125,7 +133,11 @@ const MODULES: &[Module] = &[
                 package: "github.com/containernetworking/plugins/plugins/meta/firewall",
                 ..PLAIN
             },
-            Tool { output: "cni/tuning", package: "github.com/containernetworking/plugins/plugins/meta/tuning", ..PLAIN },
+            Tool {
+                output: "cni/tuning",
+                package: "github.com/containernetworking/plugins/plugins/meta/tuning",
+                ..PLAIN
+            },
         ],
     },
     Module {
@@ -171,13 +183,14 @@ pub fn go_module(name: &str) -> Result<()> {
     }
 }
 
-/// A file of an unpacked Debian package, or of the host where it is the same thing.
-pub fn unpacked(file: &str) -> Result<PathBuf> {
-    let path = place::debian()?.join(file);
-    if !path.exists() {
-        bail!("{} is missing: run `make setup`", path.display());
-    }
-    Ok(path)
+/// A program of an unpacked Debian package. Where it lies in the package differs between releases.
+pub fn unpacked(program: &str) -> Result<PathBuf> {
+    let root = place::debian()?;
+    let places = ["usr/bin", "usr/sbin", "bin"].map(|dir| root.join(dir).join(program));
+    places
+        .into_iter()
+        .find(|path| path.is_file())
+        .with_context(|| format!("{program} is not below {}: run `make setup`", root.display()))
 }
 
 /// A program that `setup` built with Go.
@@ -217,21 +230,30 @@ fn packages(wanted: &[Wanted]) -> Result<()> {
 
 fn apt() -> Command {
     let mut apt = Command::new("apt-get");
-    apt.env("DEBIAN_FRONTEND", "noninteractive").args(["-o", "DPkg::Lock::Timeout=120"]);
+    apt.env("DEBIAN_FRONTEND", "noninteractive").args([
+        "-o",
+        "DPkg::Lock::Timeout=120",
+        "-o",
+        "APT::Sandbox::User=root",
+    ]);
     apt
 }
 
 fn unpack(wanted: &[Wanted]) -> Result<()> {
     let root = place::debian()?;
     std::fs::create_dir_all(&root)?;
-    for (file, package) in wanted {
-        if root.join(file).exists() {
+    for (program, package) in wanted {
+        if unpacked(program).is_ok() {
             continue;
         }
         println!("setup: unpacking {package} into {}", root.display());
         let dir = place::scratch("crisp-deb-")?;
-        let download =
-            || run::status(apt().args(["download", "-qq", package]).current_dir(dir.path()), Duration::from_secs(300));
+        let download = || {
+            run::status(
+                apt().args(["download", "-qq", package]).current_dir(dir.path()),
+                Duration::from_secs(300),
+            )
+        };
         if download().is_err() {
             run::status(apt().args(["update", "-qq"]), Duration::from_secs(300))?;
             download()?;
@@ -241,9 +263,7 @@ fn unpack(wanted: &[Wanted]) -> Result<()> {
             .find(|path| path.extension().is_some_and(|e| e == "deb"))
             .with_context(|| format!("{package}: no file was downloaded"))?;
         run::status(Command::new("dpkg-deb").arg("-x").arg(deb).arg(&root), Duration::from_secs(60))?;
-        if !root.join(file).exists() {
-            bail!("{package} is unpacked, but {file} is not there");
-        }
+        unpacked(program)?;
     }
     Ok(())
 }
@@ -289,7 +309,10 @@ fn key(module: &Module, source: &Path) -> Result<String> {
         hash.update(std::fs::read(&path).with_context(|| format!("read {}", path.display()))?);
     }
     for tool in module.tools {
-        hash.update(format!("{:?}", (tool.output, tool.package, tool.test, tool.cgo, tool.tags, tool.variables)));
+        hash.update(format!(
+            "{:?}",
+            (tool.output, tool.package, tool.test, tool.cgo, tool.tags, tool.variables)
+        ));
     }
     let version = run::stdout(Command::new("go").arg("version").current_dir(source), Duration::from_secs(60))
         .context("the upstream tools are built with the Go toolchain, version 1.26 or later")?;

@@ -59,7 +59,7 @@ fn key() -> Result<String> {
     for program in PROGRAMS {
         hash.update(std::fs::read(source(program))?);
     }
-    for file in ["usr/bin/busybox", "usr/sbin/nginx"] {
+    for file in ["busybox", "nginx"] {
         hash.update(std::fs::read(setup::unpacked(file)?)?);
     }
     Ok(hex(&hash.finalize())[..16].to_owned())
@@ -110,7 +110,12 @@ fn make(store: &mut Store) -> Result<()> {
         cmd: strings(&["sh", "-c", "echo httpd: serving /www; exec httpd -f -p 80 -h /www"]),
         ..Process::default()
     };
-    store.image(&["registry.k8s.io/e2e-test-images/httpd:2.4.39-4"], &[busybox.clone(), layer], &process, docker)?;
+    store.image(
+        &["registry.k8s.io/e2e-test-images/httpd:2.4.39-4"],
+        &[busybox.clone(), layer],
+        &process,
+        docker,
+    )?;
 
     let mut nnp = Tree::default();
     nnp.copy(&bin("nnp"), "usr/bin/nnp", 0o6755)?;
@@ -162,7 +167,8 @@ fn users(store: &mut Store, busybox: &Layer) -> Result<()> {
     let mut tree = Tree::default();
     let passwd = "root:x:0:0:root:/root:/bin/sh\ndefault-user:x:1000:1000::/home/default-user:/bin/sh\n\
                   nobody:x:65534:65534:nobody:/home:/bin/false\n";
-    let group = "root:x:0:\ndefault-user:x:1000:\nnogroup:x:65534:\ngroup-defined-in-image:x:50000:default-user\n";
+    let group =
+        "root:x:0:\ndefault-user:x:1000:\nnogroup:x:65534:\ngroup-defined-in-image:x:50000:default-user\n";
     tree.file("etc/passwd", 0o644, passwd.as_bytes()).file("etc/group", 0o644, group.as_bytes());
     let layer = store.layer(&tree, Packing::DockerGzip)?;
     let process = Process { user: "1000".to_owned(), cmd: strings(&["sh"]), ..Process::default() };
@@ -202,7 +208,11 @@ fn pauses(store: &mut Store, program: &Path) -> Result<()> {
         let mut tree = Tree::default();
         tree.copy(program, "pause", 0o755)?.file("etc/for", 0o644, mark.as_bytes());
         let layer = store.layer(&tree, Packing::DockerGzip)?;
-        let process = Process { entrypoint: strings(&["/pause"]), user: "65535:65535".to_owned(), ..Process::default() };
+        let process = Process {
+            entrypoint: strings(&["/pause"]),
+            user: "65535:65535".to_owned(),
+            ..Process::default()
+        };
         store.image(names, &[layer], &process, Packing::DockerGzip)?;
     }
     Ok(())

@@ -43,7 +43,7 @@ fn libraries(program: &Path) -> Result<Vec<String>> {
 /// still list.
 pub fn busybox() -> Result<Tree> {
     let mut tree = Tree::default();
-    let busybox = setup::unpacked("usr/bin/busybox")?;
+    let busybox = setup::unpacked("busybox")?;
     program(&mut tree, &busybox, "bin/busybox")?;
     let applets = run::stdout(Command::new(&busybox).arg("--list"), Duration::from_secs(20))?;
     for applet in applets.lines().filter(|name| *name != "busybox" && !name.contains('/')) {
@@ -65,7 +65,7 @@ pub fn extras(tree: &mut Tree) -> Result<()> {
 /// nginx in the foreground, on one port, writing its pid where critest looks.
 pub fn nginx(port: u16) -> Result<Tree> {
     let mut tree = Tree::default();
-    program(&mut tree, &setup::unpacked("usr/sbin/nginx")?, "usr/sbin/nginx")?;
+    program(&mut tree, &setup::unpacked("nginx")?, "usr/sbin/nginx")?;
     let config = format!(
         "daemon off;\nuser root;\nworker_processes 1;\npid /var/run/nginx.pid;\nerror_log /dev/stderr;\n\
          events {{ worker_connections 64; }}\n\

@@ -31,7 +31,8 @@ fn layer(number: u64) -> Tree {
     let mut random = Random(0x9E37_79B9_7F4A_7C15 ^ (number + 1));
     let (mut total, mut count) = (0, 0);
     while total < LAYER_BYTES {
-        let size = (1024 << (random.next() % 8)) + (random.next() % 1024) as usize * if count % 100 == 0 { 900 } else { 1 };
+        let size = (1024 << (random.next() % 8))
+            + (random.next() % 1024) as usize * if count % 100 == 0 { 900 } else { 1 };
         let mut content = vec![0u8; size];
         for (block, bytes) in content.chunks_mut(512).enumerate() {
             if block % 3 == 0 {

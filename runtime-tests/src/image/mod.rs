@@ -140,7 +140,8 @@ impl Store {
 
     /// Adds a blob of any kind.
     pub fn add(&self, bytes: &[u8], media_type: &str) -> Result<Blob> {
-        let blob = Blob { digest: digest(bytes), size: bytes.len() as u64, media_type: media_type.to_owned() };
+        let blob =
+            Blob { digest: digest(bytes), size: bytes.len() as u64, media_type: media_type.to_owned() };
         let path = self.path(&blob.digest);
         if !path.exists() {
             std::fs::write(&path, bytes).with_context(|| format!("write blob {}", blob.digest))?;
@@ -318,7 +319,8 @@ mod tests {
         let layout = dir.path().join("layout");
         store.layout("local/x:1", &layout).unwrap();
         assert_eq!(std::fs::read_dir(layout.join("blobs/sha256")).unwrap().count(), 3);
-        let index: Value = serde_json::from_slice(&std::fs::read(layout.join("index.json")).unwrap()).unwrap();
+        let index: Value =
+            serde_json::from_slice(&std::fs::read(layout.join("index.json")).unwrap()).unwrap();
         assert_eq!(index["manifests"][0]["annotations"]["org.opencontainers.image.ref.name"], "local/x:1");
         for blob in std::fs::read_dir(layout.join("blobs/sha256")).unwrap() {
             let blob = blob.unwrap();

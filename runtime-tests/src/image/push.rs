@@ -49,7 +49,10 @@ fn upload(store: &Store, digest: &str, repository: &str, registry: SocketAddr) -
         bail!("the registry named no place for blob {digest}");
     };
     // Either a path or a whole URL; both end in the query we add to.
-    let path = location.split_once("://").and_then(|(_, rest)| rest.split_once('/')).map(|(_, path)| format!("/{path}"));
+    let path = location
+        .split_once("://")
+        .and_then(|(_, rest)| rest.split_once('/'))
+        .map(|(_, path)| format!("/{path}"));
     let path = path.unwrap_or_else(|| location.to_owned());
     let mark = if path.contains('?') { '&' } else { '?' };
     let reply = http::Request::new("PUT", &format!("{path}{mark}digest={digest}"))

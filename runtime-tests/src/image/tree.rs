@@ -77,7 +77,14 @@ impl Tree {
                 Node::Symlink(target) => (b'2', target, &[]),
             };
             let name = if kind == b'5' { format!("{path}/") } else { path.clone() };
-            tar.extend_from_slice(&header(&name, kind, entry.mode, entry.owner, content.len() as u64, target)?);
+            tar.extend_from_slice(&header(
+                &name,
+                kind,
+                entry.mode,
+                entry.owner,
+                content.len() as u64,
+                target,
+            )?);
             tar.extend_from_slice(content);
             tar.resize(tar.len().next_multiple_of(512), 0);
         }
@@ -103,7 +110,14 @@ impl Tree {
 
 /// One header block of the ustar format (POSIX pax, "ustar Interchange Format"). Takes any name as it is, so that
 /// tests can make archives that no honest tool would.
-pub fn header(name: &str, kind: u8, mode: u32, owner: (u32, u32), size: u64, target: &str) -> Result<[u8; 512]> {
+pub fn header(
+    name: &str,
+    kind: u8,
+    mode: u32,
+    owner: (u32, u32),
+    size: u64,
+    target: &str,
+) -> Result<[u8; 512]> {
     let (prefix, name) = split(name)?;
     if target.len() > 100 {
         bail!("link target is too long for ustar: {target}");
@@ -155,14 +169,19 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let long = format!("{}/{}", "d".repeat(80), "f".repeat(90));
         let mut tree = Tree::default();
-        tree.file("bin/su", 0o4755, b"x").owner("bin/su", 3, 4).symlink("sh", "bin/su").directory("tmp", 0o1777);
+        tree.file("bin/su", 0o4755, b"x")
+            .owner("bin/su", 3, 4)
+            .symlink("sh", "bin/su")
+            .directory("tmp", 0o1777);
         tree.file(&long, 0o600, &[7; 1000]);
         let archive = dir.path().join("a.tar");
         std::fs::write(&archive, tree.tar().unwrap()).unwrap();
         let list = Command::new("tar").arg("--numeric-owner").arg("-tvf").arg(&archive).output().unwrap();
         assert!(list.status.success(), "{}", String::from_utf8_lossy(&list.stderr));
         let text = String::from_utf8(list.stdout).unwrap();
-        assert!(text.contains("-rwsr-xr-x 3/4") && text.contains("sh -> bin/su") && text.contains("drwxrwxrwt"));
+        assert!(
+            text.contains("-rwsr-xr-x 3/4") && text.contains("sh -> bin/su") && text.contains("drwxrwxrwt")
+        );
         assert!(text.contains(&long), "{text}");
     }
 }
