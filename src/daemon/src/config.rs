@@ -147,6 +147,10 @@ pub struct Bridge {
 pub struct Security {
     /// Do not touch AppArmor even where the kernel has it.
     pub disable_apparmor: bool,
+    /// AppArmor profile that RuntimeDefault means, when it is loaded; empty means crisp-default.
+    pub apparmor_profile: String,
+    /// Label containers where the kernel has SELinux.
+    pub enable_selinux: bool,
     /// OCI seccomp profile that RuntimeDefault means; empty means the built-in one.
     pub seccomp_profile: PathBuf,
     /// What containers get that name no profile: "unconfined" (also when empty) or "runtime/default".
