@@ -282,7 +282,7 @@ pub fn make(request: &Request<'_>) -> Result<Made, Error> {
         host_network: !joins.net,
         user_namespace: pod.user_namespace().map(|(_, gids)| gids.length),
     };
-    let files = files(pod, security.readonly_rootfs);
+    let files = files(pod, security.readonly_rootfs)?;
     let (mounts, propagation) =
         mounts::order(mounts::defaults(setting), files, &wanted, &volumes::empty(settings));
     let joins =
@@ -544,16 +544,29 @@ fn image_source(image: &str, layers: &[PathBuf], sub_path: &str) -> Result<Sourc
 }
 
 /// Files that the pod gives to all its containers, unless the client mounts something there.
-fn files(pod: &Pod, readonly: bool) -> Vec<Value> {
-    [
+fn files(pod: &Pod, readonly: bool) -> Result<Vec<Value>, Error> {
+    let hosts = pod.dir.join("hosts");
+    if !hosts.exists() {
+        copy_hosts(Path::new("/etc/hosts"), &hosts)?;
+    }
+    let all = [
         ("/etc/resolv.conf", pod.resolv_conf()),
         ("/etc/hostname", pod.hostname_file()),
-        ("/etc/hosts", pod.dir.join("hosts")),
-    ]
-    .iter()
-    .filter(|(_, path)| path.exists())
-    .map(|(place, path)| mounts::file(place, path, readonly))
-    .collect()
+        ("/etc/hosts", hosts),
+    ];
+    let there = all.iter().filter(|(_, path)| path.exists());
+    Ok(there.map(|(place, path)| mounts::file(place, path, readonly)).collect())
+}
+
+/// The kubelet brings its own /etc/hosts. For clients that do not, the pod's containers share a copy of the host's.
+fn copy_hosts(from: &Path, to: &Path) -> Result<(), Error> {
+    use std::os::unix::fs::PermissionsExt;
+    let text = read(from, 1 << 20).unwrap_or_else(|_| b"127.0.0.1\tlocalhost\n::1\tlocalhost\n".to_vec());
+    let failed = |source| Error::Look { what: "hosts file", path: to.to_owned(), source };
+    let part = to.with_extension(format!("{:?}", std::thread::current().id()));
+    fs::write(&part, text).map_err(failed)?;
+    fs::set_permissions(&part, fs::Permissions::from_mode(0o644)).map_err(failed)?;
+    fs::rename(&part, to).map_err(failed)
 }
 
 /// A file of an image as far as it can be one of users: regular and of bounded size. None and others are empty.
@@ -770,7 +783,7 @@ pub mod tests {
         let mounts: Vec<_> =
             spec.mounts().as_ref().unwrap().iter().map(|m| m.destination().clone()).collect();
         assert!(mounts.contains(&"/etc/resolv.conf".into()) && mounts.contains(&"/sys/fs/cgroup".into()));
-        assert!(!mounts.contains(&"/etc/hosts".into()));
+        assert!(mounts.contains(&"/etc/hosts".into()));
         let annotations = spec.annotations().as_ref().unwrap();
         assert_eq!(annotations["io.kubernetes.cri.container-type"], "container");
         assert_eq!(annotations["io.kubernetes.cri.sandbox-uid"], "u-1");

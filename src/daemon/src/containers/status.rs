@@ -3,12 +3,7 @@
 use cri_api::v1;
 
 use super::{Container, Phase};
-use crate::{daemon::Daemon, error::Result, pods::status::selects};
-
-/// One container as it is now.
-pub fn status(daemon: &Daemon, id: &str) -> Result<v1::ContainerStatus> {
-    Ok(of(&*daemon.container(id)?))
-}
+use crate::{daemon::Daemon, pods::status::selects};
 
 /// The status of a container at hand.
 pub fn of(container: &Container) -> v1::ContainerStatus {

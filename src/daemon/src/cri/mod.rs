@@ -11,6 +11,7 @@ use tracing::{debug, error, info};
 use crate::error::{Error, Fault, Result};
 
 pub mod image;
+pub mod info;
 pub mod runtime;
 
 /// What a unary call answers.

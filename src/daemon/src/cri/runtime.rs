@@ -1,13 +1,13 @@
 //! RuntimeService: one function per call.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use cri_api::v1::{self, runtime_service_server::RuntimeService};
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use tonic::{Request, Response, Status, async_trait};
 
-use super::{Answer, call, detached, pieces};
+use super::{Answer, call, detached, info, pieces};
 use crate::{
     containers,
     daemon::Daemon,
@@ -69,9 +69,14 @@ impl RuntimeService for Runtime {
     ) -> Answer<v1::PodSandboxStatusResponse> {
         let request = request.into_inner();
         call("PodSandboxStatus", &request.pod_sandbox_id, async {
-            let status = pods::status::status(&self.0, &request.pod_sandbox_id)?;
+            let pod = self.0.pod(&request.pod_sandbox_id)?;
+            let info = if request.verbose { info::pod(&self.0.config(), &pod) } else { HashMap::new() };
             // No timestamp: with one the kubelet would believe containers_statuses in place of asking for each.
-            Ok(v1::PodSandboxStatusResponse { status: Some(status), ..Default::default() })
+            Ok(v1::PodSandboxStatusResponse {
+                status: Some(pods::status::of(&pod)),
+                info,
+                ..Default::default()
+            })
         })
         .await
     }
@@ -166,8 +171,10 @@ impl RuntimeService for Runtime {
     ) -> Answer<v1::ContainerStatusResponse> {
         let request = request.into_inner();
         call("ContainerStatus", &request.container_id, async {
-            let status = containers::status::status(&self.0, &request.container_id)?;
-            Ok(v1::ContainerStatusResponse { status: Some(status), ..Default::default() })
+            let container = self.0.container(&request.container_id)?;
+            let info =
+                if request.verbose { info::container(&self.0.config(), &container) } else { HashMap::new() };
+            Ok(v1::ContainerStatusResponse { status: Some(containers::status::of(&container)), info })
         })
         .await
     }

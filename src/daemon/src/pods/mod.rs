@@ -16,7 +16,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::{lock::Lock, shim::Shim};
 
-pub mod check;
 pub mod remove;
 pub mod run;
 pub mod status;

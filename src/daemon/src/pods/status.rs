@@ -5,12 +5,7 @@ use std::collections::HashMap;
 use cri_api::v1;
 
 use super::{Phase, Pod};
-use crate::{daemon::Daemon, error::Result};
-
-/// One pod as it is now.
-pub fn status(daemon: &Daemon, id: &str) -> Result<v1::PodSandboxStatus> {
-    Ok(of(&*daemon.pod(id)?))
-}
+use crate::daemon::Daemon;
 
 /// The status of a pod at hand.
 pub fn of(pod: &Pod) -> v1::PodSandboxStatus {
