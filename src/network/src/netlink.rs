@@ -115,9 +115,9 @@ impl Socket {
                     NLMSG_DONE => return Ok(found),
                     NLMSG_ERROR => return message.answer().map(|()| found),
                     _ => {
-                        let parsed = NetlinkMessage::<RouteNetlinkMessage>::deserialize(message.all)
-                            .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e.to_string()))?;
-                        if let NetlinkPayload::InnerMessage(inner) = parsed.payload {
+                        // What the parser does not understand is some exotic link, and none of ours.
+                        let parsed = NetlinkMessage::<RouteNetlinkMessage>::deserialize(message.all);
+                        if let Ok(NetlinkPayload::InnerMessage(inner)) = parsed.map(|m| m.payload) {
                             found.push(inner);
                         }
                     }

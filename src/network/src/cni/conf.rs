@@ -198,7 +198,8 @@ fn read(path: &Path) -> Result<NetworkList, Error> {
     let value = read_json(path)?;
     let mut network = parse(value).map_err(&bad)?;
     // CNI 1.1 lets every network have a directory of its own, in which others drop further plugins.
-    if let Some((dir, true)) = path.parent().map(|parent| (parent.join(&network.list.name), network.inlined)) {
+    if let Some((dir, true)) = path.parent().map(|parent| (parent.join(&network.list.name), network.inlined))
+    {
         for extra in files(&dir, &["conf"]).unwrap_or_default() {
             let plugin = plugin(read_json(&extra)?).map_err(|reason| Error::Conf { path: extra, reason })?;
             network.list.plugins.push(plugin);
