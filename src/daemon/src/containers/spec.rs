@@ -140,10 +140,12 @@ pub enum Error {
     SelinuxLabel(String),
     #[error("{0} {1}")]
     Resource(&'static str, String),
-    #[error("device {0:?} at {1:?}: both paths must be absolute, without \"..\"")]
+    #[error("device {0:?} at {1:?}: paths are absolute and without \"..\", that inside is below /dev")]
     DevicePath(String, String),
     #[error("device permissions {0:?} are not some of rwm")]
     DeviceAccess(String),
+    #[error("CDI device {0:?} cannot be given: CDI is not supported")]
+    Cdi(String),
     #[error("{0} is neither a device nor a directory of devices")]
     NotADevice(PathBuf),
     #[error("mount at {path}: {why}")]
@@ -194,6 +196,10 @@ pub fn make(request: &Request<'_>) -> Result<Made, Error> {
         }
     }
     config.devices.iter().try_for_each(devices::check)?;
+    // Better no container than one without the device that it was made for.
+    if let Some(device) = config.cdi_devices.first() {
+        return Err(Error::Cdi(device.name.escape_debug().take(200).collect()));
+    }
     let destinations =
         config.mounts.iter().map(|mount| mounts::check(mount, host)).collect::<Result<Vec<_>, Error>>()?;
     let args = process::args(&config.command, &config.args, &image.entrypoint, &image.cmd)?;
@@ -262,17 +268,21 @@ pub fn make(request: &Request<'_>) -> Result<Made, Error> {
         true => Vec::new(),
         false => volumes::make(request, &destinations)?,
     };
-    let blank: Vec<v1::Mount> = volumes.iter().map(|volume| volume.mount(pod)).collect();
+    let blank: Vec<v1::Mount> = volumes.iter().map(volumes::Volume::mount).collect();
     let mut wanted: Vec<Wanted<'_>> = destinations
         .into_iter()
         .zip(&config.mounts)
         .zip(&sources)
-        .map(|((destination, mount), source)| Wanted { destination, mount, source })
+        .map(|((destination, mount), source)| {
+            let map = mount.image.as_ref().and_then(|_| pod.user_namespace());
+            Wanted { destination, mount, source, map }
+        })
         .collect();
     wanted.extend(volumes.iter().zip(&blank).map(|(volume, mount)| Wanted {
         destination: volume.destination.clone(),
         mount,
         source: &volume.source,
+        map: pod.user_namespace(),
     }));
     let setting = mounts::Setting {
         privileged: security.privileged,

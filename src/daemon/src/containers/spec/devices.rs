@@ -81,7 +81,9 @@ pub fn check(wanted: &v1::Device) -> Result<(), Error> {
     let absolute = |path: &str| {
         path.starts_with('/') && !path.contains('\0') && !path.split('/').any(|part| part == "..")
     };
-    if !absolute(&wanted.host_path) || !absolute(&wanted.container_path) {
+    // Nodes are made on our own /dev and nowhere else: a path of the image's could lead anywhere.
+    let inside = wanted.container_path.strip_prefix("/dev/").is_some_and(|name| !name.is_empty());
+    if !absolute(&wanted.host_path) || !absolute(&wanted.container_path) || !inside {
         return Err(Error::DevicePath(wanted.host_path.clone(), wanted.container_path.clone()));
     }
     let access = &wanted.permissions;
@@ -193,6 +195,8 @@ mod tests {
             (wanted("/dev/null", "/dev/x", "rrrr"), false),
             (wanted("dev/null", "/dev/x", "r"), false),
             (wanted("/dev/null", "x", "r"), false),
+            (wanted("/dev/null", "/tmp/x", "r"), false),
+            (wanted("/dev/null", "/dev/", "r"), false),
             (wanted("/dev/../etc", "/x", "r"), false),
             (wanted("/dev/null", "/dev/../etc/x", "r"), false),
         ] {

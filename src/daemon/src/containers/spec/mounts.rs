@@ -266,6 +266,8 @@ pub struct Wanted<'a> {
     pub destination: String,
     pub mount: &'a v1::Mount,
     pub source: &'a Source,
+    /// What comes from an image has the ids of the image, which a user namespace sees through its mapping.
+    pub map: Option<(v1::IdMapping, v1::IdMapping)>,
 }
 
 /// Entry of `mounts`.
@@ -308,11 +310,19 @@ fn entry(wanted: &Wanted<'_>, empty: &Path) -> Value {
         .to_owned(),
     );
     options.extend(mount.mount_options.iter().cloned());
+    // An overlay is not mapped itself: its layers are, by the container's own mapping, for which this word stands.
+    if kind == "overlay" && wanted.map.is_some() {
+        options.push("idmap".to_owned());
+    }
     let mut entry =
         json!({"destination": wanted.destination, "type": kind, "source": source, "options": options});
-    if !mount.uid_mappings.is_empty() {
-        entry["uidMappings"] = mappings(&mount.uid_mappings);
-        entry["gidMappings"] = mappings(&mount.gid_mappings);
+    let (uids, gids) = match &wanted.map {
+        Some((uids, gids)) => (std::slice::from_ref(uids), std::slice::from_ref(gids)),
+        None => (mount.uid_mappings.as_slice(), mount.gid_mappings.as_slice()),
+    };
+    if kind == "bind" && !uids.is_empty() {
+        entry["uidMappings"] = mappings(uids);
+        entry["gidMappings"] = mappings(gids);
     }
     entry
 }
@@ -545,6 +555,7 @@ mod tests {
                 destination: clean(&mount.container_path).unwrap(),
                 mount,
                 source: &source,
+                map: None,
             })
             .collect();
         let files = vec![file("/etc/hosts", Path::new("/p/hosts"), false)];
@@ -606,7 +617,7 @@ mod tests {
     fn images_and_volumes_are_overlays() {
         let mount = image("/img");
         let text = |source: Source| {
-            let wanted = Wanted { destination: "/img".into(), mount: &mount, source: &source };
+            let wanted = Wanted { destination: "/img".into(), mount: &mount, source: &source, map: None };
             let entry = entry(&wanted, Path::new("/empty"));
             (entry["type"].as_str().unwrap().to_owned(), entry["options"].clone())
         };
@@ -622,6 +633,24 @@ mod tests {
             text(volume(vec!["/l/1".into()])).1,
             json!(["lowerdir=/l/1:/empty", "upperdir=/v/fs", "workdir=/v/work", "ro"])
         );
+    }
+
+    #[test]
+    fn what_an_image_brings_is_mapped_for_a_user_namespace() {
+        let mount = image("/img");
+        let map = Some((id(0, 1000, 10), id(0, 2000, 10)));
+        let shown = |source: Source, map| {
+            entry(
+                &Wanted { destination: "/img".into(), mount: &mount, source: &source, map },
+                Path::new("/empty"),
+            )
+        };
+        let layers = shown(Source::Layers(vec!["/l/1".into()]), map);
+        assert_eq!(layers["options"], json!(["lowerdir=/l/1:/empty", "ro", "idmap"]));
+        assert!(layers["uidMappings"].is_null());
+        let file = shown(Source::File("/l/1/f".into()), map);
+        assert_eq!(file["gidMappings"], json!([{"containerID": 0, "hostID": 2000, "size": 10}]));
+        assert!(shown(Source::File("/l/1/f".into()), None)["uidMappings"].is_null());
     }
 
     #[test]

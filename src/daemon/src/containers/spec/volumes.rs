@@ -19,7 +19,7 @@ use super::{
     layers::{self, Found},
     mounts::{self, Source},
 };
-use crate::{config::Config, pods::Pod};
+use crate::config::Config;
 
 /// More volumes than any image of good will declares.
 const COUNT: usize = 128;
@@ -32,13 +32,8 @@ pub struct Volume {
 
 impl Volume {
     /// The mount that a client would have written for it.
-    pub fn mount(&self, pod: &Pod) -> v1::Mount {
-        let mut mount = v1::Mount { container_path: self.destination.clone(), ..Default::default() };
-        if let Some((uids, gids)) = pod.user_namespace() {
-            mount.uid_mappings = vec![uids];
-            mount.gid_mappings = vec![gids];
-        }
-        mount
+    pub fn mount(&self) -> v1::Mount {
+        v1::Mount { container_path: self.destination.clone(), ..Default::default() }
     }
 }
 
