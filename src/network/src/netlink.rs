@@ -127,15 +127,24 @@ impl Socket {
         Err(io::Error::from(io::ErrorKind::FileTooLarge).into())
     }
 
-    /// Sends a batch whose last request, with number `last`, asks for an acknowledgement. Returns the first
-    /// refusal: for nftables all or nothing of a batch happens.
-    pub(crate) fn batch(&mut self, bytes: &[u8], last: u32) -> Result<(), Refusal> {
+    /// Reserves numbers for so many requests and returns the first of them.
+    pub(crate) fn number(&mut self, count: u32) -> u32 {
+        let first = self.sequence.wrapping_add(1);
+        self.sequence = self.sequence.wrapping_add(count);
+        first
+    }
+
+    /// Sends requests numbered from `first` to `last`, of which the last asks for an acknowledgement. Returns the
+    /// first refusal: for nftables all or nothing of a batch happens.
+    pub(crate) fn batch(&mut self, bytes: &[u8], first: u32, last: u32) -> Result<(), Refusal> {
         self.send(bytes)?;
         let mut buffer = vec![0; 64 << 10];
         for _ in 0..MAX_ANSWERS {
             let length = self.receive(&mut buffer)?;
             for message in Messages(&buffer[..length]) {
-                if message.kind == NLMSG_ERROR {
+                // Answers to an earlier batch may still be waiting behind its first refusal.
+                let ours = message.sequence.wrapping_sub(first) <= last.wrapping_sub(first);
+                if message.kind == NLMSG_ERROR && ours {
                     message.answer()?;
                     if message.sequence == last {
                         return Ok(());

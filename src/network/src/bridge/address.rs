@@ -15,6 +15,9 @@ use crate::attachment::{PortMapping, Protocol};
 use crate::error::Error;
 use crate::subnet::Subnet;
 
+/// What the names of our wires begin with.
+pub(crate) const WIRE: &str = "cr";
+
 /// What one pod has. Also what its files hold.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Lease {
@@ -23,11 +26,30 @@ pub(crate) struct Lease {
     pub(crate) ports: Vec<PortMapping>,
 }
 
+impl Lease {
+    /// The name of the host's end of the pod's wire. It follows from the address, which no other pod gets before
+    /// the wire is gone.
+    pub(crate) fn wire(&self, bridge: &str) -> String {
+        let address = match self.ips.first() {
+            Some(IpAddr::V4(ip)) => ip.to_bits(),
+            Some(IpAddr::V6(ip)) => ip.to_bits() as u32,
+            None => 0,
+        };
+        // FNV-1a, of which 16 bits tell bridges apart.
+        let hash = bridge
+            .bytes()
+            .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+        format!("{WIRE}{:04x}{address:08x}", hash >> 16)
+    }
+}
+
 /// All leases, and where to look for the next free address: not at the lowest but behind the last one, so that
 /// an address rests a while before it comes back and old connections to it have died.
 #[derive(Debug, Default)]
 pub(crate) struct Leases {
     pods: HashMap<String, Lease>,
+    /// Leases whose pods are gone while the kernel still has their wires.
+    leaving: Vec<Lease>,
     owners: HashMap<IpAddr, String>,
     cursors: HashMap<IpAddr, u32>,
 }
@@ -63,11 +85,23 @@ impl Leases {
         self.pods.values()
     }
 
-    pub(crate) fn release(&mut self, pod: &str) {
-        if let Some(lease) = self.pods.remove(pod) {
-            for ip in lease.ips {
-                self.owners.remove(&ip);
-            }
+    /// The pod is no more. Its ports are free; its addresses stay taken until they are released.
+    pub(crate) fn leave(&mut self, pod: &str) {
+        if let Some(mut lease) = self.pods.remove(pod) {
+            lease.ports.clear();
+            self.leaving.push(lease);
+        }
+    }
+
+    pub(crate) fn leaving(&self) -> &[Lease] {
+        &self.leaving
+    }
+
+    /// Frees the addresses of a lease that is leaving.
+    pub(crate) fn release(&mut self, lease: &Lease) {
+        self.leaving.retain(|leaving| leaving.ips != lease.ips);
+        for ip in &lease.ips {
+            self.owners.remove(ip);
         }
     }
 
@@ -75,7 +109,9 @@ impl Leases {
         for ip in &lease.ips {
             self.owners.insert(*ip, lease.pod.clone());
         }
-        self.pods.insert(lease.pod.clone(), lease);
+        let before = self.pods.insert(lease.pod.clone(), lease.clone());
+        // A pod that was detached and attached again, by a daemon that died in between.
+        self.leaving.extend(before.filter(|before| before.ips != lease.ips));
     }
 
     fn next(&mut self, subnet: &Subnet) -> Result<IpAddr, Error> {
@@ -152,12 +188,7 @@ impl Records {
                 Some(lease) if lease.ips.contains(&ip) => leases.insert(lease),
                 _ => {
                     warn!(path = %path.display(), "an address is taken by nobody knows whom");
-                    let mut nobody = leases.pods.remove("").unwrap_or_else(|| Lease {
-                        pod: String::new(),
-                        ips: Vec::new(),
-                        ports: Vec::new(),
-                    });
-                    nobody.ips.push(ip);
+                    let nobody = Lease { pod: String::new(), ips: vec![ip], ports: Vec::new() };
                     leases.insert(nobody);
                 }
             }
@@ -249,6 +280,13 @@ mod tests {
         crate::subnet::list(text).unwrap()
     }
 
+    fn release(leases: &mut Leases, pod: &str) {
+        if let Some(lease) = leases.get(pod).cloned() {
+            leases.leave(pod);
+            leases.release(&lease);
+        }
+    }
+
     fn port(host_port: u16, protocol: Protocol, host_ip: &str) -> PortMapping {
         PortMapping { protocol, container_port: 80, host_port, host_ip: host_ip.parse().ok() }
     }
@@ -267,7 +305,7 @@ mod tests {
         for pod in 0..6 {
             let lease = leases.take(&pod.to_string(), &subnets, &[]).unwrap();
             seen.push(lease.ips[0].to_string());
-            leases.release(&pod.to_string());
+            release(&mut leases, &pod.to_string());
         }
         assert_eq!(seen, ["10.0.0.2", "10.0.0.3", "10.0.0.4", "10.0.0.5", "10.0.0.6", "10.0.0.2"]);
     }
@@ -279,7 +317,7 @@ mod tests {
         leases.take("a", &both, &[]).unwrap();
         assert!(matches!(leases.take("b", &both, &[]), Err(Error::Exhausted(_))));
         assert_eq!(leases.owners.len(), 2);
-        leases.release("a");
+        release(&mut leases, "a");
         leases.take("b", &both, &[]).unwrap();
     }
 
@@ -310,11 +348,36 @@ mod tests {
             let subnets = subnets("10.0.0.0/24");
             leases.take("a", &subnets, &[one]).unwrap();
             assert_eq!(leases.take("b", &subnets, &[two]).is_err(), clashes, "{one:?} {two:?}");
-            leases.release("b");
+            release(&mut leases, "b");
             assert_eq!(leases.take("b", &subnets, &[one, two]).is_err(), true, "the first is taken");
-            leases.release("a");
+            release(&mut leases, "a");
             assert_eq!(leases.take("b", &subnets, &[one, two]).is_err(), clashes, "within one pod");
         }
+    }
+
+    #[test]
+    fn a_pod_that_leaves_frees_its_ports_at_once_and_its_addresses_later() {
+        let mut leases = Leases::default();
+        let subnets = subnets("10.0.0.0/30");
+        let ports = [port(80, Protocol::Tcp, "")];
+        let lease = leases.take("a", &subnets, &ports).unwrap();
+        leases.leave("a");
+        assert!(leases.get("a").is_none());
+        assert!(matches!(leases.take("b", &subnets, &ports), Err(Error::Exhausted(_))));
+        leases.release(&lease);
+        assert_eq!(leases.take("b", &subnets, &ports).unwrap().ips, lease.ips);
+        assert!(leases.leaving().is_empty());
+    }
+
+    #[test]
+    fn wires_have_names_that_the_kernel_takes() {
+        let wire = |bridge: &str, ip: &str| {
+            Lease { pod: "a".into(), ips: vec![ip.parse().unwrap()], ports: Vec::new() }.wire(bridge)
+        };
+        assert!(wire("crisp0", "255.255.255.255").len() < libc::IFNAMSIZ);
+        assert_ne!(wire("crisp0", "10.0.0.2"), wire("crisp1", "10.0.0.2"));
+        assert_ne!(wire("crisp0", "10.0.0.2"), wire("crisp0", "10.0.0.3"));
+        assert_ne!(wire("crisp0", "fd00::2"), wire("crisp0", "fd00::3"));
     }
 
     #[test]
@@ -372,7 +435,7 @@ mod tests {
                 if take {
                     prop_assert!(leases.take(&pod, &subnets, &[]).is_ok());
                 } else {
-                    leases.release(&pod);
+                    release(&mut leases, &pod);
                 }
                 let mut ips: Vec<IpAddr> = leases.all().flat_map(|lease| lease.ips.clone()).collect();
                 let count = ips.len();

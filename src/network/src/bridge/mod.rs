@@ -3,6 +3,10 @@
 //! A pod is attached by one thread of its own, which asks the host's kernel side for the wire, moves into the pod's
 //! namespace and configures it there. What is decided (addresses, ports) is on record before the kernel hears of it,
 //! and goes off the record when the kernel has forgotten it.
+//!
+//! To delete a wire takes the kernel 10 ms and more, during which nobody else can change anything. But mostly the pod's
+//! namespace goes right after the pod was detached, and takes the wire with it, many at a time. So detaching closes the
+//! pod's ports, and leaves its wire and its addresses to a task that looks a little later what remains to be done.
 
 mod address;
 mod link;
@@ -12,7 +16,9 @@ use std::collections::HashSet;
 use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use serde_json::json;
 use tokio::task::spawn_blocking;
@@ -23,9 +29,14 @@ use crate::attachment::{Attached, Attachment, PortMapping, Protocol};
 use crate::error::Error;
 use crate::netlink::Socket;
 use crate::{netns, subnet};
-use address::{Lease, Leases, Records};
+use address::{Lease, Leases, Records, WIRE};
 use link::Wire;
 use nft::{Forward, Table};
+
+/// How long a wire may take to go by itself.
+const GRACE: Duration = Duration::from_millis(250);
+/// How long to wait when it could not be deleted.
+const RETRY: Duration = Duration::from_secs(5);
 
 /// How the bridge is set up.
 #[derive(Clone, Debug, PartialEq)]
@@ -69,6 +80,10 @@ struct Shared {
     active: Mutex<HashSet<String>>,
     /// The bridge's index, once it is known to be there. Held while it is made, so that it is made once.
     index: Mutex<Option<u32>>,
+    /// Whether there is a task that looks after what is leaving.
+    reaping: AtomicBool,
+    /// Held while wires are deleted and addresses freed.
+    burying: Mutex<()>,
 }
 
 impl Bridge {
@@ -80,12 +95,14 @@ impl Bridge {
         let leases = records.read()?;
         let subnets = if config.subnets.is_empty() { records.read_subnets() } else { config.subnets.clone() };
         Ok(Bridge(Arc::new(Shared {
-            table: Table::of(&config.name),
+            table: Table::of(&config.name).map_err(opening)?,
             records,
             subnets: Mutex::new(subnets),
             leases: Mutex::new(leases),
             active: Mutex::default(),
             index: Mutex::default(),
+            reaping: AtomicBool::new(false),
+            burying: Mutex::default(),
             config,
         })))
     }
@@ -115,10 +132,15 @@ impl Bridge {
         done
     }
 
-    /// Takes all of it away. Succeeds when it is gone already.
+    /// Closes the pod's ports, and sees to it that its wire goes within a moment and its addresses after it.
+    /// Succeeds when all is gone already.
     pub async fn detach(&self, attachment: &Attachment) -> Result<(), Error> {
         let (shared, pod) = (self.0.clone(), attachment.pod_id.clone());
-        blocking(move || shared.detach(&pod)).await
+        blocking(move || shared.detach(&pod)).await?;
+        if !self.0.reaping.swap(true, Ordering::AcqRel) {
+            tokio::spawn(look_after(self.0.clone()));
+        }
+        Ok(())
     }
 
     /// Whether the pod still has its address and its wire.
@@ -181,9 +203,16 @@ impl Shared {
         lock(&self.active).insert(pod.pod_id.clone());
         let known = lock(&self.leases).get(&pod.pod_id).cloned();
         if let Some(lease) = known {
-            self.unplug(&lease)?;
+            self.close(&lease)?;
+            link::delete(&mut socket()?, &lease.wire(&self.config.name))?;
         }
-        let lease = lock(&self.leases).take(&pod.pod_id, &subnets, &pod.ports)?;
+        let mut lease = lock(&self.leases).take(&pod.pod_id, &subnets, &pod.ports);
+        if matches!(lease, Err(Error::Exhausted(_))) {
+            // Those that are leaving may be all that is missing.
+            self.reap()?;
+            lease = lock(&self.leases).take(&pod.pod_id, &subnets, &pod.ports);
+        }
+        let lease = lease?;
         lease.ports.iter().try_for_each(address::probe)?;
         self.records.write(&lease)?;
         Ok(lease)
@@ -194,7 +223,7 @@ impl Shared {
         let namespace = netns::open(&pod.netns)?;
         let bridge = self.ensure()?;
         let wire = Wire {
-            name: &wire_name(&self.config.name, &pod.pod_id),
+            name: &lease.wire(&self.config.name),
             netns: &namespace,
             mac: lease.ips.first().map(|ip| link::mac(*ip)).unwrap_or_default(),
             mtu: self.config.mtu,
@@ -221,23 +250,47 @@ impl Shared {
 
     fn detach(&self, pod: &str) -> Result<(), Error> {
         let lease = lock(&self.leases).get(pod).cloned();
-        let lease =
-            lease.unwrap_or_else(|| Lease { pod: pod.to_owned(), ips: Vec::new(), ports: Vec::new() });
-        self.unplug(&lease)?;
-        // The address is free when nothing of the old pod can answer to it any more, and not before.
-        self.records.remove(&lease)?;
-        lock(&self.leases).release(pod);
+        if let Some(lease) = lease {
+            self.close(&lease)?;
+            lock(&self.leases).leave(pod);
+        }
         lock(&self.active).remove(pod);
         Ok(())
     }
 
-    fn unplug(&self, lease: &Lease) -> Result<(), Error> {
-        let forwards = forwards(lease);
-        if !forwards.is_empty() {
-            self.table.remove(&forwards).map_err(|refusal| refusal.to("close host ports"))?;
-            self.forget_connections(lease)?;
+    /// Deletes the wires that have not gone by themselves, and frees their addresses: no sooner, as the old pod
+    /// could still answer to them.
+    fn reap(&self) -> Result<(), Error> {
+        // One at a time: what the second wants to bury, a new pod may have already.
+        let _alone = lock(&self.burying);
+        let leaving = lock(&self.leases).leaving().to_vec();
+        let mut host = socket()?;
+        let mut first_error = None;
+        for lease in leaving {
+            if let Err(error) = self.bury(&mut host, &lease) {
+                first_error = first_error.or(Some(error));
+            }
         }
-        link::delete(&mut socket()?, &wire_name(&self.config.name, &lease.pod))
+        first_error.map_or(Ok(()), Err)
+    }
+
+    fn bury(&self, host: &mut Socket, lease: &Lease) -> Result<(), Error> {
+        let wire = lease.wire(&self.config.name);
+        if link::find(host, &wire).map_err(|refusal| refusal.to("find a wire"))?.is_some() {
+            link::delete(host, &wire)?;
+        }
+        self.records.remove(lease)?;
+        lock(&self.leases).release(lease);
+        Ok(())
+    }
+
+    fn close(&self, lease: &Lease) -> Result<(), Error> {
+        let forwards = forwards(lease);
+        if forwards.is_empty() {
+            return Ok(());
+        }
+        self.table.remove(&forwards).map_err(|refusal| refusal.to("close host ports"))?;
+        self.forget_connections(lease)
     }
 
     fn forward(&self, lease: &Lease) -> Result<(), Error> {
@@ -251,7 +304,8 @@ impl Shared {
 
     fn forget_connections(&self, lease: &Lease) -> Result<(), Error> {
         for port in lease.ports.iter().filter(|port| port.protocol == Protocol::Udp) {
-            nft::forget_connections(port)
+            self.table
+                .forget_connections(port)
                 .map_err(|refusal| refusal.to("forget connections to a host port"))?;
         }
         Ok(())
@@ -259,10 +313,8 @@ impl Shared {
 
     fn check(&self, pod: &str) -> Result<(), Error> {
         let gone = |what: &str| Error::NoAddress(format!("{}: pod {pod} has no {what}", self.config.name));
-        if lock(&self.leases).get(pod).is_none() {
-            return Err(gone("address"));
-        }
-        let name = wire_name(&self.config.name, pod);
+        let lease = lock(&self.leases).get(pod).cloned().ok_or_else(|| gone("address"))?;
+        let name = lease.wire(&self.config.name);
         let mut host = socket()?;
         let bridge =
             link::find(&mut host, &self.config.name).map_err(|refusal| refusal.to("find the bridge"))?;
@@ -281,14 +333,17 @@ impl Shared {
             pods.filter(|pod| !active.contains(pod) && !live.contains(pod)).collect()
         };
         dead.iter().try_for_each(|pod| self.detach(pod))?;
+        self.reap()?;
         let mut host = socket()?;
         let bridge =
             link::find(&mut host, &self.config.name).map_err(|refusal| refusal.to("find the bridge"))?;
         let Some(bridge) = bridge else { return Ok(()) };
         // First the wires, then who has one: a pod has its lease before its wire.
         let wires = link::ports(&mut host, bridge.header.index)?;
-        let known: HashSet<String> =
-            lock(&self.leases).all().map(|lease| wire_name(&self.config.name, &lease.pod)).collect();
+        let known: HashSet<String> = {
+            let leases = lock(&self.leases);
+            leases.all().chain(leases.leaving()).map(|lease| lease.wire(&self.config.name)).collect()
+        };
         for wire in wires.iter().filter(|wire| wire.starts_with(WIRE) && !known.contains(*wire)) {
             link::delete(&mut host, wire)?;
         }
@@ -296,6 +351,7 @@ impl Shared {
     }
 
     fn teardown(&self) -> Result<bool, Error> {
+        self.reap()?;
         let mut index = lock(&self.index);
         if lock(&self.leases).all().next().is_some() {
             return Ok(false);
@@ -371,18 +427,6 @@ impl Shared {
     }
 }
 
-/// Wires are called this and a number that follows from the bridge and the pod.
-const WIRE: &str = "cr";
-
-fn wire_name(bridge: &str, pod: &str) -> String {
-    // FNV-1a, 64 bits, of which 48 fit the 15 characters of a name.
-    let bytes = bridge.bytes().chain([0]).chain(pod.bytes());
-    let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    });
-    format!("{WIRE}{:012x}", hash >> 16)
-}
-
 /// A port of the host leads to the pod's first address of each family that the port is for.
 fn forwards(lease: &Lease) -> Vec<Forward> {
     let fits = |port: &PortMapping, pod: &IpAddr| port.host_ip.is_none_or(|ip| ip.is_ipv4() == pod.is_ipv4());
@@ -449,11 +493,34 @@ fn check_subnets(subnets: &[Subnet]) -> Result<(), Error> {
 }
 
 fn socket() -> Result<Socket, Error> {
-    Socket::route().map_err(|cause| Error::Netlink {
-        act: "open a netlink socket".into(),
-        cause,
-        hint: String::new(),
-    })
+    Socket::route().map_err(opening)
+}
+
+fn opening(cause: std::io::Error) -> Error {
+    Error::Netlink { act: "open a netlink socket".into(), cause, hint: String::new() }
+}
+
+/// Waits a little, does what is left to do, and ends when nothing is.
+async fn look_after(shared: Arc<Shared>) {
+    let mut wait = GRACE;
+    loop {
+        tokio::time::sleep(wait).await;
+        let reaper = shared.clone();
+        wait = match blocking(move || reaper.reap()).await {
+            Ok(()) => GRACE,
+            Err(error) => {
+                tracing::warn!(%error, "a wire of a pod that is gone remains for now");
+                RETRY
+            }
+        };
+        if lock(&shared.leases).leaving().is_empty() {
+            shared.reaping.store(false, Ordering::Release);
+            // Who left between the look and the store relies on us.
+            if lock(&shared.leases).leaving().is_empty() || shared.reaping.swap(true, Ordering::AcqRel) {
+                return;
+            }
+        }
+    }
 }
 
 async fn blocking<T: Send + 'static>(

@@ -14,8 +14,10 @@
 //! }
 //! ```
 
+use std::fmt;
 use std::io;
 use std::net::IpAddr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::attachment::PortMapping;
 use crate::netlink::{Refusal, Socket};
@@ -74,10 +76,11 @@ const TYPE_PROTO: u32 = 12;
 const TYPE_PORT: u32 = 13;
 
 /// The table of one bridge.
-#[derive(Clone, Debug)]
 pub(crate) struct Table {
     name: String,
     bridge: String,
+    /// One for all requests: to close one makes the kernel wait until what was deleted is gone, 10 ms and more.
+    socket: Mutex<Socket>,
 }
 
 /// A host port of a pod with that address.
@@ -106,18 +109,26 @@ impl Forward {
     }
 }
 
+impl fmt::Debug for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Table").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
 impl Table {
-    pub(crate) fn of(bridge: &str) -> Table {
-        Table { name: format!("crisp-{bridge}"), bridge: bridge.to_owned() }
+    pub(crate) fn of(bridge: &str) -> io::Result<Table> {
+        let socket = Mutex::new(Socket::netfilter()?);
+        Ok(Table { name: format!("crisp-{bridge}"), bridge: bridge.to_owned(), socket })
     }
 
     /// Whether the kernel has it: others flush rules.
     pub(crate) fn exists(&self) -> Result<bool, Refusal> {
+        let mut socket = self.socket();
+        let number = socket.number(1);
         let mut message = Writer::default();
-        message.header(kind(GET_TABLE), NLM_REQUEST | NLM_ACK, 1, INET, 0);
+        message.header(kind(GET_TABLE), NLM_REQUEST | NLM_ACK, number, INET, 0);
         message.text(1, &self.name);
-        let bytes = message.finish();
-        match Socket::netfilter()?.batch(&bytes, 1) {
+        match socket.batch(&message.finish(), number, number) {
             Ok(()) => Ok(true),
             Err(refusal) if refusal.is(libc::ENOENT) => Ok(false),
             Err(refusal) => Err(refusal),
@@ -131,7 +142,7 @@ impl Table {
         masquerade: bool,
         forwards: &[Forward],
     ) -> Result<(), Refusal> {
-        self.whole(subnets, masquerade, forwards).commit()
+        self.whole(subnets, masquerade, forwards).commit(&mut self.socket())
     }
 
     /// Adds forwards, or none of them.
@@ -139,14 +150,15 @@ impl Table {
         let mut batch = Batch::begin();
         // Again the same is no fault; the same port to somewhere else is (EBUSY).
         self.elements(&mut batch, NEW_ELEMENT, NLM_CREATE, forwards);
-        batch.commit()
+        batch.commit(&mut self.socket())
     }
 
     /// Takes forwards away. Succeeds when they, or the table, are gone.
     pub(crate) fn remove(&self, forwards: &[Forward]) -> Result<(), Refusal> {
         let mut batch = Batch::begin();
         self.elements(&mut batch, DELETE_ELEMENT, 0, forwards);
-        match batch.commit() {
+        let result = batch.commit(&mut self.socket());
+        match result {
             Err(refusal) if refusal.is(libc::ENOENT) && forwards.len() > 1 => {
                 // One that is missing keeps the others from going.
                 forwards.iter().try_for_each(|forward| self.remove(std::slice::from_ref(forward)))
@@ -159,10 +171,44 @@ impl Table {
     pub(crate) fn delete(&self) -> Result<(), Refusal> {
         let mut batch = Batch::begin();
         batch.message(DELETE_TABLE, 0, |w| w.text(1, &self.name));
-        match batch.commit() {
+        match batch.commit(&mut self.socket()) {
             Err(refusal) if refusal.is(libc::ENOENT) => Ok(()),
             result => result,
         }
+    }
+
+    /// Forgets the connections to a port of the host, which would go on to where it led before: a UDP client
+    /// that never pauses opens no new connection, and is never led by new rules.
+    pub(crate) fn forget_connections(&self, port: &PortMapping) -> Result<(), Refusal> {
+        const PROTOCOL: u32 = 1 << 3;
+        const TO_PORT: u32 = 1 << 5;
+        let mut socket = self.socket();
+        for family in [IPV4, IPV6] {
+            let number = socket.number(1);
+            let mut message = Writer::default();
+            message.header(CONNTRACK_DELETE, NLM_REQUEST | NLM_ACK, number, family, 0);
+            message.nest(1, |w| {
+                w.nest(2, |w| {
+                    w.put(1, &[port.protocol.number()]);
+                    w.put(3, &port.host_port.to_be_bytes());
+                });
+            });
+            message.nest(25, |w| {
+                w.put(1, &(PROTOCOL | TO_PORT).to_ne_bytes());
+                w.put(2, &0u32.to_ne_bytes());
+            });
+            match socket.batch(&message.finish(), number, number) {
+                // Before Linux 6.10 deletion knows no such filter: old connections then end by their own timeout.
+                Err(refusal)
+                    if [libc::ENOENT, libc::EINVAL, libc::EOPNOTSUPP].iter().any(|e| refusal.is(*e)) => {}
+                result => result?,
+            }
+        }
+        Ok(())
+    }
+
+    fn socket(&self) -> MutexGuard<'_, Socket> {
+        self.socket.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn whole(&self, subnets: &[Subnet], masquerade: bool, forwards: &[Forward]) -> Batch {
@@ -313,34 +359,6 @@ impl Table {
     }
 }
 
-/// Forgets the connections to a UDP port of the host, which would go on to where it led before: without a
-/// connection to open anew, they never ask the rules again.
-pub(crate) fn forget_connections(port: &PortMapping) -> Result<(), Refusal> {
-    const PROTOCOL: u32 = 1 << 3;
-    const TO_PORT: u32 = 1 << 5;
-    for family in [IPV4, IPV6] {
-        let mut message = Writer::default();
-        message.header(CONNTRACK_DELETE, NLM_REQUEST | NLM_ACK, 1, family, 0);
-        message.nest(1, |w| {
-            w.nest(2, |w| {
-                w.put(1, &[port.protocol.number()]);
-                w.put(3, &port.host_port.to_be_bytes());
-            });
-        });
-        message.nest(25, |w| {
-            w.put(1, &(PROTOCOL | TO_PORT).to_ne_bytes());
-            w.put(2, &0u32.to_ne_bytes());
-        });
-        match Socket::netfilter()?.batch(&message.finish(), 1) {
-            // Before Linux 6.10 deletion knows no such filter: old connections then end by their own timeout.
-            Err(refusal) if [libc::ENOENT, libc::EINVAL, libc::EOPNOTSUPP].iter().any(|e| refusal.is(*e)) => {
-            }
-            result => result?,
-        }
-    }
-    Ok(())
-}
-
 /// One step of a rule.
 enum Step {
     Meta { key: u32, register: u32 },
@@ -474,8 +492,7 @@ fn kind(verb: u16) -> u16 {
 /// Messages that the kernel carries out together or not at all.
 struct Batch {
     writer: Writer,
-    sequence: u32,
-    last: usize,
+    starts: Vec<usize>,
 }
 
 impl Batch {
@@ -483,39 +500,48 @@ impl Batch {
         let mut writer = Writer::default();
         writer.header(BATCH_BEGIN, NLM_REQUEST, 0, UNSPEC, SUBSYSTEM);
         writer.close();
-        Batch { writer, sequence: 0, last: 0 }
+        Batch { writer, starts: vec![0] }
     }
 
     fn message(&mut self, verb: u16, flags: u16, body: impl FnOnce(&mut Writer)) {
-        self.sequence += 1;
-        self.last = self.writer.bytes.len();
-        self.writer.header(kind(verb), flags | NLM_REQUEST, self.sequence, INET, 0);
+        self.starts.push(self.writer.bytes.len());
+        self.writer.header(kind(verb), flags | NLM_REQUEST, 0, INET, 0);
         body(&mut self.writer);
         self.writer.close();
     }
 
-    /// Asks for an answer to the last message and closes the batch.
-    fn end(mut self) -> (Vec<u8>, u32) {
-        if let Some(flags) = self.writer.bytes.get_mut(self.last + 6) {
-            *flags |= NLM_ACK as u8;
-        }
-        self.writer.header(BATCH_END, NLM_REQUEST, self.sequence + 1, UNSPEC, SUBSYSTEM);
-        (self.writer.finish(), self.sequence)
+    /// How many messages there are, with the beginning and the end.
+    fn len(&self) -> u32 {
+        self.starts.len() as u32 + 1
     }
 
-    fn commit(self) -> Result<(), Refusal> {
-        if self.sequence == 0 {
+    /// Closes the batch, asks for an answer to the last message before the end, and numbers all of them. Returns
+    /// the number of the one that is answered.
+    fn end(mut self, first: u32) -> (Vec<u8>, u32) {
+        if let Some(flags) = self.starts.last().and_then(|start| self.writer.bytes.get_mut(start + 6)) {
+            *flags |= NLM_ACK as u8;
+        }
+        self.starts.push(self.writer.bytes.len());
+        self.writer.header(BATCH_END, NLM_REQUEST, 0, UNSPEC, SUBSYSTEM);
+        let last = first.wrapping_add(self.len() - 3);
+        let mut bytes = self.writer.finish();
+        let mut number = first;
+        for start in self.starts {
+            if let Some(place) = bytes.get_mut(start + 8..start + 12) {
+                place.copy_from_slice(&number.to_ne_bytes());
+            }
+            number = number.wrapping_add(1);
+        }
+        (bytes, last)
+    }
+
+    fn commit(self, socket: &mut Socket) -> Result<(), Refusal> {
+        if self.starts.len() == 1 {
             return Ok(());
         }
-        // The kernel asks for a retry when it lost a race for its own modules; one that never ends is a fault.
-        let (bytes, last) = self.end();
-        for _ in 0..3 {
-            match Socket::netfilter()?.batch(&bytes, last) {
-                Err(refusal) if refusal.is(libc::EAGAIN) || refusal.is(libc::EINTR) => {}
-                result => return result,
-            }
-        }
-        Err(io::Error::from_raw_os_error(libc::EAGAIN).into())
+        let first = socket.number(self.len());
+        let (bytes, last) = self.end(first);
+        socket.batch(&bytes, first, last)
     }
 }
 
@@ -652,18 +678,19 @@ mod tests {
     #[test]
     fn a_batch_has_a_beginning_an_end_and_one_question() {
         let mut batch = Batch::begin();
-        let table = Table::of("br");
+        let table = Table::of("br").unwrap();
         table.elements(
             &mut batch,
             NEW_ELEMENT,
             NLM_CREATE,
             &[forward("", "10.0.0.2"), forward("", "fd00::2")],
         );
-        let (bytes, last) = batch.end();
+        let (bytes, last) = batch.end(7);
         let messages = messages(&bytes);
         assert_eq!(messages.iter().map(|m| m.0).collect::<Vec<_>>(), [16, 0xa0c, 0xa0c, 17]);
         assert_eq!(messages.iter().map(|m| m.1 & NLM_ACK).collect::<Vec<_>>(), [0, 0, NLM_ACK, 0]);
-        assert_eq!(messages[2].2, last);
+        assert_eq!(messages.iter().map(|m| m.2).collect::<Vec<_>>(), [7, 8, 9, 10]);
+        assert_eq!(last, 9);
         assert_eq!(attribute(&messages[1].3, 1), b"crisp-br\0");
         assert_eq!(attribute(&messages[1].3, 2), b"ports4\0");
         let element = attribute(&attribute(&messages[1].3, 3), 1);
@@ -674,13 +701,13 @@ mod tests {
     #[test]
     fn the_whole_table_is_replaced_in_one_batch() {
         let subnets = crate::subnet::list("10.0.0.0/24,fd00::/64").unwrap();
-        let (bytes, _) = Table::of("br").whole(&subnets, true, &[forward("", "10.0.0.2")]).end();
+        let (bytes, _) = Table::of("br").unwrap().whole(&subnets, true, &[forward("", "10.0.0.2")]).end(7);
         let kinds: Vec<u16> = messages(&bytes).iter().map(|m| m.0 & 0xff).collect();
         assert_eq!(kinds[..4], [16, NEW_TABLE, DELETE_TABLE, NEW_TABLE]);
         let count = |kind| kinds.iter().filter(|k| **k == kind).count();
         assert_eq!((count(NEW_SET), count(NEW_CHAIN), count(NEW_ELEMENT)), (4, 5, 1));
         assert_eq!(count(NEW_RULE), 2 + 2 + 4 + 1 + 2 + 2);
-        let (bytes, _) = Table::of("br").whole(&subnets, false, &[]).end();
+        let (bytes, _) = Table::of("br").unwrap().whole(&subnets, false, &[]).end(7);
         let rules = messages(&bytes).iter().filter(|m| m.0 & 0xff == NEW_RULE).count();
         assert_eq!(rules, 2 + 2 + 4 + 1 + 2, "without masquerade");
     }
@@ -688,7 +715,7 @@ mod tests {
     #[test]
     fn a_rule_is_a_list_of_named_expressions() {
         let subnets = crate::subnet::list("10.1.0.0/16").unwrap();
-        let rules = Table::of("br").rules(&subnets, true);
+        let rules = Table::of("br").unwrap().rules(&subnets, true);
         let mut writer = Writer::default();
         rules.last().unwrap().1.iter().for_each(|step| step.write(&mut writer));
         let names: Vec<Vec<u8>> = Attributes(&writer.bytes).map(|(_, e)| attribute(e, 1)).collect();

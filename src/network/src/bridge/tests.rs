@@ -167,7 +167,11 @@ fn links() -> Vec<String> {
 
 /// The nftables tables of this host.
 fn tables() -> Vec<String> {
-    ["br0", "br1"].into_iter().filter(|name| Table::of(name).exists().unwrap()).map(str::to_owned).collect()
+    ["br0", "br1"]
+        .into_iter()
+        .filter(|name| Table::of(name).unwrap().exists().unwrap())
+        .map(str::to_owned)
+        .collect()
 }
 
 /// A second machine, connected to the host by a wire: 192.0.2.1 is the host, 192.0.2.2 the machine.
@@ -414,7 +418,7 @@ fn detaching_again_or_without_a_namespace_or_bridge_succeeds() {
         host.bridge.detach(&pod.attachment).await.unwrap();
         let pod = host.pod("c", &[tcp(8080)]).await;
         link::delete(&mut Socket::route().unwrap(), "br0").unwrap();
-        Table::of("br0").delete().unwrap();
+        Table::of("br0").unwrap().delete().unwrap();
         host.bridge.detach(&pod.attachment).await.unwrap();
         let never = Attachment { pod_id: "never".into(), ..Attachment::default() };
         host.bridge.detach(&never).await.unwrap();
@@ -426,10 +430,10 @@ fn a_bridge_or_table_that_somebody_removed_is_made_again() {
     Host::run("10.77.0.0/24", async |host| {
         let a = host.pod("a", &[tcp(8080)]).await;
         a.serve(80);
-        Table::of("br0").delete().unwrap();
+        Table::of("br0").unwrap().delete().unwrap();
         let b = host.pod("b", &[]).await;
         assert!(ask(at(ip("127.0.0.1"), 8080)).unwrap().starts_with("a "));
-        Table::of("br0").delete().unwrap();
+        Table::of("br0").unwrap().delete().unwrap();
         host.bridge.gc(&[]).await.unwrap();
         assert!(ask(at(ip("127.0.0.1"), 8080)).unwrap().starts_with("a "));
         link::delete(&mut Socket::route().unwrap(), "br0").unwrap();
@@ -562,13 +566,17 @@ fn something_else_of_the_bridges_name_is_left_alone() {
 fn attaching_takes_milliseconds() {
     Host::run("10.77.0.0/24", async |host| {
         let (mut made, mut attached, mut detached) = (Vec::new(), Vec::new(), Vec::new());
-        for n in 0..30 {
+        let mut pods = Vec::new();
+        for n in 0..40 {
             let begin = Instant::now();
-            let pod = Pod::new(&host.dir, &n.to_string(), &[tcp(8080)]);
+            let pod = Pod::new(&host.dir, &n.to_string(), &[tcp(8000 + n)]);
             made.push(begin.elapsed());
             let begin = Instant::now();
             host.bridge.attach(&pod.attachment).await.unwrap();
             attached.push(begin.elapsed());
+            pods.push(pod);
+        }
+        for pod in pods {
             let begin = Instant::now();
             host.bridge.detach(&pod.attachment).await.unwrap();
             detached.push(begin.elapsed());
@@ -576,18 +584,10 @@ fn attaching_takes_milliseconds() {
         for (what, times) in [("namespace", &mut made), ("attach", &mut attached), ("detach", &mut detached)]
         {
             times.sort();
-            println!("{what}: median {:?}, worst {:?}", times[15], times[29]);
-            assert!(times[15] < Duration::from_millis(100), "{what}: {:?}", times[15]);
+            println!("{what}: best {:?}, median {:?}, worst {:?}", times[0], times[20], times[39]);
+            assert!(times[20] < Duration::from_millis(50), "{what}: {:?}", times[20]);
         }
     });
-}
-
-#[test]
-fn wires_have_names_that_the_kernel_takes() {
-    let name = wire_name("crisp0", &"f".repeat(64));
-    assert!(name.len() < libc::IFNAMSIZ, "{name}");
-    assert_ne!(name, wire_name("crisp1", &"f".repeat(64)));
-    assert_ne!(wire_name("a", "bc"), wire_name("ab", "c"));
 }
 
 #[test]
