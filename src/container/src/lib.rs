@@ -9,3 +9,4 @@
 pub mod spec;
 
 pub mod cgroup;
+pub mod seccomp;
