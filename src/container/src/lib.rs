@@ -8,5 +8,21 @@
 
 pub mod spec;
 
+mod create;
+pub mod exec;
+mod hooks;
+pub mod init;
+pub mod namespace;
+pub mod rootfs;
+
+mod capability;
 pub mod cgroup;
 pub mod seccomp;
+
+pub mod error;
+mod kernel;
+
+pub use create::{Created, Pending, Request, Rootfs, Starting, Stdio, create, poststop};
+pub use error::Error;
+pub use namespace::Join;
+pub use spec::Spec;

@@ -1,0 +1,189 @@
+//! An overlay of image layers as a detached mount. Where its layers are, the caller says in overlayfs's own
+//! option words; that they exist is the business of the image room.
+
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
+
+use super::mount::{self, Context};
+use super::options::Options;
+use crate::error::{At, Error, Failure, Step};
+use crate::kernel::{self, CLONE_NEWNS, MountAttr, mount_setattr};
+
+#[derive(Debug)]
+pub(crate) struct Plan {
+    /// Topmost first.
+    lower: Vec<String>,
+    upper: Option<(String, String)>,
+    options: Options,
+    /// Layers are shifted by the container's user namespace.
+    pub(crate) idmap: bool,
+}
+
+impl Plan {
+    pub(crate) fn new(words: &[String]) -> Result<Plan, Error> {
+        let mut options = Options::parse(words.iter().map(String::as_str).filter(|word| !is_idmap(word)));
+        let mut take = |wanted: &str| {
+            let index = options.data.iter().position(|(key, _)| key == wanted)?;
+            options.data.remove(index).1
+        };
+        let lower = take("lowerdir").map(|list| split(&list)).unwrap_or_default();
+        let upper = match (take("upperdir"), take("workdir")) {
+            (Some(upper), Some(work)) => Some((upper, work)),
+            (None, None) => None,
+            _ => return Err(Error::Invalid("an overlay takes both upperdir and workdir, or neither".into())),
+        };
+        if lower.is_empty() || lower.iter().any(String::is_empty) {
+            return Err(Error::Invalid("an overlay needs lowerdir".into()));
+        }
+        Ok(Plan { lower, upper, options, idmap: wants_idmap(words) })
+    }
+
+    /// The detached overlay. With id mapping this enters a mount namespace of its own first.
+    pub(crate) fn mount(&self, user: Option<BorrowedFd<'_>>) -> Result<OwnedFd, Failure> {
+        match (self.idmap, user) {
+            (true, Some(user)) => self.shift(user)?,
+            (true, None) => {
+                return Err(Errno::INVAL).at(Step::IdMapMount, "rootfs: the container has no user namespace");
+            }
+            _ => {}
+        }
+        self.configure().map_err(|refused| refused.failure("overlay", Path::new("rootfs")))
+    }
+
+    fn configure(&self) -> Result<OwnedFd, mount::Refused> {
+        let context = Context::open("overlay")?;
+        context.string("source", "overlay")?;
+        self.lower(&context)?;
+        if let Some((upper, work)) = &self.upper {
+            context.string("upperdir", upper)?;
+            context.string("workdir", work)?;
+        }
+        for (key, value) in &self.options.data {
+            match value {
+                Some(value) => context.string(key, value)?,
+                None => context.flag(key)?,
+            }
+        }
+        context.mount(self.options.attr.set)
+    }
+
+    /// One call per layer where the kernel can (6.8); a list, which fits 255 bytes, where it cannot.
+    fn lower(&self, context: &Context) -> Result<(), mount::Refused> {
+        for (index, layer) in self.lower.iter().enumerate() {
+            match context.string("lowerdir+", layer) {
+                Err(refused) if index == 0 && refused.errno == Errno::INVAL => {
+                    return context.string("lowerdir", &join(&self.lower));
+                }
+                other => other?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Covers each layer with an id-mapped copy of itself, at its own path, so that overlayfs finds shifted
+    /// files there. Only this process and its children see that. Upper and work directory must be one mount, so
+    /// their parent is covered.
+    fn shift(&self, user: BorrowedFd<'_>) -> Result<(), Failure> {
+        kernel::unshare(CLONE_NEWNS).at(Step::Namespace, "mount")?;
+        let host = kernel::open_path(Path::new("/")).at(Step::Rootfs, "/")?;
+        mount_setattr(host.as_fd(), true, MountAttr::propagation(libc::MS_SLAVE))
+            .at(Step::MountAttributes, "the host's mounts")?;
+        for directory in self.shifted()? {
+            let shown = directory.display();
+            let target = kernel::open_path(&directory).at(Step::Source, &shown)?;
+            let tree = mount::clone_fd(target.as_fd(), false).at(Step::Source, &shown)?;
+            mount_setattr(tree.as_fd(), false, MountAttr::idmap(user)).at(Step::IdMapMount, &shown)?;
+            mount::attach(tree.as_fd(), target.as_fd()).at(Step::Mount, &shown)?;
+        }
+        Ok(())
+    }
+
+    fn shifted(&self) -> Result<BTreeSet<PathBuf>, Failure> {
+        let mut directories: BTreeSet<PathBuf> = self.lower.iter().map(PathBuf::from).collect();
+        if let Some((upper, work)) = &self.upper {
+            match (Path::new(upper).parent(), Path::new(work).parent()) {
+                (Some(one), Some(other)) if one == other => directories.insert(one.to_owned()),
+                _ => {
+                    return Err(Errno::XDEV)
+                        .at(Step::IdMapMount, format_args!("{upper} and {work}: not in one directory"));
+                }
+            };
+        }
+        Ok(directories)
+    }
+}
+
+/// `idmap` is ours; `uidmap=0:100000:65536` is how containerd says it, about the same mapping that the
+/// container has.
+pub(crate) fn wants_idmap(words: &[String]) -> bool {
+    words.iter().any(|word| is_idmap(word))
+}
+
+fn is_idmap(word: &str) -> bool {
+    word == "idmap" || word.starts_with("uidmap=") || word.starts_with("gidmap=")
+}
+
+/// Colons separate, backslashes protect (Documentation/filesystems/overlayfs.rst).
+fn split(list: &str) -> Vec<String> {
+    let mut layers = vec![String::new()];
+    let mut chars = list.chars();
+    while let Some(char) = chars.next() {
+        match (char, layers.last_mut()) {
+            (':', _) => layers.push(String::new()),
+            ('\\', Some(layer)) => layer.extend(chars.next()),
+            (char, Some(layer)) => layer.push(char),
+            (_, None) => {}
+        }
+    }
+    layers
+}
+
+fn join(layers: &[String]) -> String {
+    let protected: Vec<String> =
+        layers.iter().map(|layer| layer.replace('\\', "\\\\").replace(':', "\\:")).collect();
+    protected.join(":")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(words: &[&str]) -> Vec<String> {
+        words.iter().map(|word| (*word).to_owned()).collect()
+    }
+
+    #[test]
+    fn layers_are_split_at_colons_that_are_not_protected() {
+        assert_eq!(split(r"/a:/b\:c:/d\\e"), ["/a", "/b:c", r"/d\e"]);
+        assert_eq!(join(&split(r"/a:/b\:c:/d\\e")), r"/a:/b\:c:/d\\e");
+    }
+
+    #[test]
+    fn half_an_upper_layer_is_refused() {
+        assert!(Plan::new(&words(&["lowerdir=/a", "upperdir=/u"])).is_err());
+        assert!(Plan::new(&words(&["lowerdir=/a", "upperdir=/u", "workdir=/w"])).is_ok());
+        assert!(Plan::new(&words(&["upperdir=/u", "workdir=/w"])).is_err());
+        assert!(Plan::new(&words(&["lowerdir=/a::/b"])).is_err());
+    }
+
+    #[test]
+    fn words_about_id_mapping_do_not_reach_overlayfs() {
+        let plan = Plan::new(&words(&["lowerdir=/a", "uidmap=0:1:2", "gidmap=0:1:2", "index=off"])).unwrap();
+        assert!(plan.idmap);
+        assert_eq!(plan.options.data, [("index".to_owned(), Some("off".to_owned()))]);
+    }
+
+    #[test]
+    fn upper_and_work_directory_are_shifted_together() {
+        let plan = Plan::new(&words(&["lowerdir=/a", "upperdir=/s/fs", "workdir=/s/work"])).unwrap();
+        assert_eq!(
+            plan.shifted().unwrap().into_iter().collect::<Vec<_>>(),
+            [Path::new("/a"), Path::new("/s")]
+        );
+        let plan = Plan::new(&words(&["lowerdir=/a", "upperdir=/s/fs", "workdir=/t/work"])).unwrap();
+        assert!(plan.shifted().is_err());
+    }
+}
