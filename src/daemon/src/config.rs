@@ -32,6 +32,7 @@ pub struct Config {
     pub network: Network,
     pub security: Security,
     pub defaults: Defaults,
+    pub cdi: Cdi,
     pub images: Images,
     pub logs: Logs,
     pub exec: Exec,
@@ -185,6 +186,15 @@ pub struct Defaults {
     pub pids_limit: i64,
 }
 
+/// Devices by name, as their vendors describe them in files.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Cdi {
+    pub enable_cdi: bool,
+    /// Directories of specs; later ones win.
+    pub cdi_spec_dirs: Vec<PathBuf>,
+}
+
 /// Where images come from and how they are kept.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -262,6 +272,7 @@ impl Default for Config {
                 ..Security::default()
             },
             defaults: Defaults::default(),
+            cdi: Cdi::default(),
             images: Images::default(),
             logs: Logs::default(),
             exec: Exec::default(),
@@ -332,6 +343,12 @@ impl Default for Cni {
 impl Default for Bridge {
     fn default() -> Bridge {
         Bridge { name: "crisp0".into(), subnets: vec!["10.88.0.0/16".into()], mtu: 0, masquerade: true }
+    }
+}
+
+impl Default for Cdi {
+    fn default() -> Cdi {
+        Cdi { enable_cdi: true, cdi_spec_dirs: vec!["/etc/cdi".into(), "/var/run/cdi".into()] }
     }
 }
 

@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 use crate::{config::Config, pods::Pod};
 
 pub mod capability;
+pub mod cdi;
 pub mod devices;
 pub mod host;
 pub mod layers;
@@ -144,8 +145,14 @@ pub enum Error {
     DevicePath(String, String),
     #[error("device permissions {0:?} are not some of rwm")]
     DeviceAccess(String),
-    #[error("CDI device {0:?} cannot be given: CDI is not supported")]
-    Cdi(String),
+    #[error("CDI device {0:?} is not a name like vendor/class=device")]
+    CdiName(String),
+    #[error("CDI device {0:?} is in no spec of this node")]
+    CdiMissing(String),
+    #[error("CDI is switched off on this node")]
+    CdiOff,
+    #[error("CDI device {name:?}: {why}")]
+    Cdi { name: String, why: String },
     #[error("{0} is neither a device nor a directory of devices")]
     NotADevice(PathBuf),
     #[error("mount at {path}: {why}")]
@@ -197,8 +204,8 @@ pub fn make(request: &Request<'_>) -> Result<Made, Error> {
     }
     config.devices.iter().try_for_each(devices::check)?;
     // Better no container than one without the device that it was made for.
-    if let Some(device) = config.cdi_devices.first() {
-        return Err(Error::Cdi(device.name.escape_debug().take(200).collect()));
+    if !settings.cdi.enable_cdi && !config.cdi_devices.is_empty() {
+        return Err(Error::CdiOff);
     }
     let destinations =
         config.mounts.iter().map(|mount| mounts::check(mount, host)).collect::<Result<Vec<_>, Error>>()?;
@@ -208,7 +215,7 @@ pub fn make(request: &Request<'_>) -> Result<Made, Error> {
     let resources = resources(&linux, settings, host)?;
 
     // Users
-    let user = user::resolve(&user::Wish {
+    let mut user = user::resolve(&user::Wish {
         uid: security.run_as_user.map(|uid| uid.value),
         gid: security.run_as_group.map(|gid| gid.value),
         name: &security.run_as_username,
@@ -222,6 +229,9 @@ pub fn make(request: &Request<'_>) -> Result<Made, Error> {
         "" => host.hostname.as_str(),
         name => name,
     };
+    let names: Vec<String> = config.cdi_devices.iter().map(|device| device.name.clone()).collect();
+    let cdi = cdi::edits(&names, &settings.cdi.cdi_spec_dirs)?;
+    user.join(&cdi.groups);
     let env = process::env(
         &image.env,
         &settings.defaults.default_env,
@@ -229,6 +239,7 @@ pub fn make(request: &Request<'_>) -> Result<Made, Error> {
         config.tty,
         user.home.as_deref().unwrap_or("/"),
         &config.envs,
+        &cdi.env,
     )?;
 
     // Security modules
@@ -252,6 +263,7 @@ pub fn make(request: &Request<'_>) -> Result<Made, Error> {
             device.gid = if security.run_as_group.is_some() { user.gid } else { device.gid };
         }
     }
+    nodes.extend(cdi.devices);
     let open = security.privileged && !handler.is_some_and(|handler| handler.privileged_without_host_devices);
     if open {
         let listed: Vec<String> = nodes.iter().map(|device| device.path.clone()).collect();
@@ -292,7 +304,8 @@ pub fn make(request: &Request<'_>) -> Result<Made, Error> {
         host_network: !joins.net,
         user_namespace: pod.user_namespace().map(|(_, gids)| gids.length),
     };
-    let files = files(pod, security.readonly_rootfs)?;
+    let mut files = files(pod, security.readonly_rootfs)?;
+    files.extend(cdi.mounts);
     let (mounts, propagation) =
         mounts::order(mounts::defaults(setting), files, &wanted, &volumes::empty(settings));
     let joins =
@@ -345,7 +358,7 @@ pub fn make(request: &Request<'_>) -> Result<Made, Error> {
         process["selinuxLabel"] = labels.process.into();
         linux["mountLabel"] = labels.mount.into();
     }
-    let spec = json!({
+    let mut spec = json!({
         "ociVersion": "1.2.1",
         "process": process,
         "root": {"path": "rootfs", "readonly": security.readonly_rootfs},
@@ -353,6 +366,9 @@ pub fn make(request: &Request<'_>) -> Result<Made, Error> {
         "annotations": annotations(request),
         "linux": linux,
     });
+    if !cdi.hooks.is_empty() {
+        spec["hooks"] = json!(cdi.hooks);
+    }
     Ok(Made { spec, user, stop_signal, joins })
 }
 

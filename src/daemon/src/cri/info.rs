@@ -178,7 +178,7 @@ mod tests {
     fn info_is_json_and_names_what_operators_look_for() {
         let here = tempfile::tempdir().unwrap();
         let dir = here.path().join("pod");
-        let labels = std::collections::HashMap::from([("a".to_owned(), "b\"c".to_owned())]);
+        let labels = HashMap::from([("a".to_owned(), "b\"c".to_owned())]);
         let config = v1::PodSandboxConfig { labels, ..Default::default() };
         let one = Arc::new(Pod::new("p1".into(), config, String::new(), 1, Place { dir, netns: None }));
         let text = pod(&Config::default(), &one);

@@ -47,6 +47,7 @@ pub fn env(
     terminal: bool,
     home: &str,
     wanted: &[v1::KeyValue],
+    devices: &[String],
 ) -> Result<Vec<Vec<u8>>, Error> {
     let mut env = Env::default();
     env.set(PATH.as_bytes());
@@ -68,6 +69,9 @@ pub fn env(
             return Err(Error::Nul("a value of the environment"));
         }
         env.set(&[pair.key.as_bytes(), b"=", &pair.value].concat());
+    }
+    for entry in devices {
+        env.set(entry.as_bytes());
     }
     // What login programs set; programs that find no HOME write into the root directory.
     if !env.places.contains_key(b"HOME".as_slice()) {
@@ -182,7 +186,7 @@ mod tests {
     }
 
     fn text(image: &[&str], terminal: bool, wanted: &[v1::KeyValue]) -> Vec<String> {
-        let env = env(&list(image), &[], "pod-1", terminal, "/root", wanted).unwrap();
+        let env = env(&list(image), &[], "pod-1", terminal, "/root", wanted, &[]).unwrap();
         env.into_iter().map(|entry| String::from_utf8_lossy(&entry).into_owned()).collect()
     }
 
@@ -201,13 +205,13 @@ mod tests {
 
     #[test]
     fn values_are_bytes_and_names_are_checked() {
-        let got = env(&[], &[], "h", false, "/", &[pair("K", &[0xff, 0xfe])]).unwrap();
+        let got = env(&[], &[], "h", false, "/", &[pair("K", &[0xff, 0xfe])], &[]).unwrap();
         assert!(got.contains(&b"K=\xff\xfe".to_vec()));
         for bad in [pair("", b"x"), pair("A=B", b"x"), pair("A\0", b"x"), pair("A", b"x\0y")] {
-            assert!(env(&[], &[], "h", false, "/", &[bad]).is_err());
+            assert!(env(&[], &[], "h", false, "/", &[bad], &[]).is_err());
         }
         let big = pair("BIG", &vec![b'x'; 10 << 20]);
-        assert!(matches!(env(&[], &[], "h", false, "/", &[big]), Err(Error::TooLong(_))));
+        assert!(matches!(env(&[], &[], "h", false, "/", &[big], &[]), Err(Error::TooLong(_))));
     }
 
     #[test]

@@ -39,6 +39,13 @@ pub struct User {
 }
 
 impl User {
+    /// Adds groups that devices need.
+    pub fn join(&mut self, groups: &[u32]) {
+        self.groups.extend(groups);
+        self.groups.sort_unstable();
+        self.groups.dedup();
+    }
+
     /// As ContainerStatus reports it.
     pub fn to_cri(&self) -> v1::ContainerUser {
         v1::ContainerUser {
