@@ -32,14 +32,21 @@ pub struct Options {
     pub network: Network,
     /// The registry that stands in for all hosts of the test images.
     pub registry: Option<SocketAddr>,
-    /// More lines of config.toml; whole tables that are not written otherwise.
+    /// More lines of the table `images`.
+    pub images: String,
+    /// More lines of config.toml: whole tables that are not written otherwise.
     pub extra: String,
 }
 
 impl Options {
     /// The built-in bridge and a registry.
     pub fn new(registry: SocketAddr) -> Options {
-        Options { network: Network::Bridge, registry: Some(registry), extra: String::new() }
+        Options {
+            network: Network::Bridge,
+            registry: Some(registry),
+            images: String::new(),
+            extra: String::new(),
+        }
     }
 }
 
@@ -90,10 +97,11 @@ impl Daemon {
         let config = format!(
             "version = 1\nimports = []\nroot = \"{at}/root\"\nstate = \"{at}/state\"\n\n\
              [grpc]\naddress = \"{at}/crispd.sock\"\n\n\
-             [images]\nconfig_path = [\"{at}/certs.d\"]\nproxy = \"\"\n\n\
+             [images]\nconfig_path = [\"{at}/certs.d\"]\nproxy = \"\"\n{}\n\n\
              [runtimes.crisp]\nruntime_path = \"{}\"\n\n\
              [debug]\nlevel = \"debug\"\n\n\
              [network]\n{network}\n{}",
+            options.images,
             programs.shim.display(),
             options.extra
         );

@@ -18,5 +18,9 @@ pub mod registry;
 pub mod client;
 pub mod crictl;
 pub mod critest;
+pub mod kubelet;
 
+pub mod bench;
 pub mod traces;
+
+pub mod demo;

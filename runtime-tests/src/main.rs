@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 use runtime_tests::image::catalog;
-use runtime_tests::{containerd, critest, daemon, registry, setup};
+use runtime_tests::{bench, containerd, critest, daemon, demo, kubelet, registry, setup};
 
 #[derive(Parser)]
 #[command(name = "lab", about = "Sets up, tests and measures crisp")]
@@ -34,6 +34,32 @@ enum Command {
         #[arg(long)]
         containerd: bool,
     },
+    /// Run a kubelet with a static pod.
+    Kubelet {
+        /// On containerd in place of crisp.
+        #[arg(long)]
+        containerd: bool,
+    },
+    /// Show crisp at work.
+    Demo,
+    /// Measure crisp beside containerd and the sockets in PEERS (name=socket ...).
+    Bench {
+        /// Lives of one pod on each network.
+        #[arg(long, default_value_t = 30)]
+        rounds: usize,
+        /// Pods that stand at the same time.
+        #[arg(long, default_value_t = 60)]
+        pods: usize,
+        /// Pulls of the large image.
+        #[arg(long, default_value_t = 3)]
+        pulls: usize,
+        /// Lines that one container logs.
+        #[arg(long, default_value_t = 8_000_000)]
+        lines: usize,
+        /// Only crisp.
+        #[arg(long)]
+        alone: bool,
+    },
 }
 
 fn main() -> std::process::ExitCode {
@@ -52,6 +78,11 @@ fn work() -> Result<()> {
         Command::Setup { module: Some(module) } => setup::go_module(&module),
         Command::Critest { focus, all, verbose, containerd } => {
             run_critest(&critest::Options { focus, all, verbose }, containerd)
+        }
+        Command::Kubelet { containerd } => run_kubelet(containerd),
+        Command::Demo => demo::run(),
+        Command::Bench { rounds, pods, pulls, lines, alone } => {
+            bench::run(&bench::Options { rounds, pods, pulls, lines, alone })
         }
     }
 }
@@ -73,5 +104,21 @@ fn run_critest(options: &critest::Options, peer: bool) -> Result<()> {
     if !outcome.failed.is_empty() {
         bail!("{} specs failed", outcome.failed.len());
     }
+    Ok(())
+}
+
+fn run_kubelet(peer: bool) -> Result<()> {
+    setup::for_tests()?;
+    setup::go_module("kubelet")?;
+    let images = registry::Docker::start(&catalog::ensure()?)?;
+    let seen = if peer {
+        setup::go_module("peers")?;
+        let containerd = containerd::Containerd::start(images.address())?;
+        kubelet::scenario(&containerd.socket())?
+    } else {
+        let daemon = daemon::Daemon::start(images.address())?;
+        kubelet::scenario(&daemon.socket())?
+    };
+    seen.iter().for_each(|step| println!("ok: {step}"));
     Ok(())
 }

@@ -37,7 +37,8 @@ fn libraries(program: &Path) -> Result<Vec<String>> {
     Ok(found)
 }
 
-/// Debian's busybox with all applets as links, and the files every image has.
+/// Debian's busybox with all applets as hard links, and the files every image has. With symbolic links a mask over
+/// /bin/ls would be a mask over busybox.
 ///
 /// Not busybox-static: its shell runs applets without looking at the file system, so that a masked /bin/ls would
 /// still list.
@@ -47,7 +48,7 @@ pub fn busybox() -> Result<Tree> {
     program(&mut tree, &busybox, "bin/busybox")?;
     let applets = run::stdout(Command::new(&busybox).arg("--list"), Duration::from_secs(20))?;
     for applet in applets.lines().filter(|name| *name != "busybox" && !name.contains('/')) {
-        tree.symlink(&format!("bin/{applet}"), "busybox");
+        tree.hardlink(&format!("bin/{applet}"), "bin/busybox");
     }
     base(&mut tree);
     Ok(tree)

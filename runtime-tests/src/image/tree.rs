@@ -11,6 +11,7 @@ enum Node {
     Directory,
     File(Vec<u8>),
     Symlink(String),
+    Hardlink(String),
 }
 
 #[derive(Clone, Debug)]
@@ -42,6 +43,13 @@ impl Tree {
         self.put(path, Node::Symlink(target.to_owned()), 0o777)
     }
 
+    /// Another name of a file that is put here as well, given by its path.
+    pub fn hardlink(&mut self, path: &str, target: &str) -> &mut Tree {
+        // Unpackers apply the mode of a link's header to the file that it names.
+        let mode = self.entries.get(target).map_or(0o644, |entry| entry.mode);
+        self.put(path, Node::Hardlink(target.to_owned()), mode)
+    }
+
     /// A copy of a file of this machine.
     pub fn copy(&mut self, from: &Path, path: &str, mode: u32) -> Result<&mut Tree> {
         let content = std::fs::read(from).with_context(|| format!("read {}", from.display()))?;
@@ -70,11 +78,15 @@ impl Tree {
     /// The tree as a tar file.
     pub fn tar(&self) -> Result<Vec<u8>> {
         let mut tar = Vec::new();
-        for (path, entry) in &self.entries {
+        // A link names a file that was there before.
+        let link = |entry: &Entry| matches!(entry.node, Node::Hardlink(_));
+        let (links, others): (Vec<_>, Vec<_>) = self.entries.iter().partition(|(_, entry)| link(entry));
+        for (path, entry) in others.into_iter().chain(links) {
             let (kind, target, content): (u8, &str, &[u8]) = match &entry.node {
                 Node::Directory => (b'5', "", &[]),
                 Node::File(content) => (b'0', "", content),
                 Node::Symlink(target) => (b'2', target, &[]),
+                Node::Hardlink(target) => (b'1', target, &[]),
             };
             let name = if kind == b'5' { format!("{path}/") } else { path.clone() };
             tar.extend_from_slice(&header(
@@ -173,14 +185,17 @@ mod tests {
             .owner("bin/su", 3, 4)
             .symlink("sh", "bin/su")
             .directory("tmp", 0o1777);
-        tree.file(&long, 0o600, &[7; 1000]);
+        tree.file(&long, 0o600, &[7; 1000]).hardlink("a", "bin/su");
         let archive = dir.path().join("a.tar");
         std::fs::write(&archive, tree.tar().unwrap()).unwrap();
         let list = Command::new("tar").arg("--numeric-owner").arg("-tvf").arg(&archive).output().unwrap();
         assert!(list.status.success(), "{}", String::from_utf8_lossy(&list.stderr));
         let text = String::from_utf8(list.stdout).unwrap();
         assert!(
-            text.contains("-rwsr-xr-x 3/4") && text.contains("sh -> bin/su") && text.contains("drwxrwxrwt")
+            text.contains("-rwsr-xr-x 3/4")
+                && text.contains("sh -> bin/su")
+                && text.contains("a link to bin/su")
+                && text.contains("drwxrwxrwt")
         );
         assert!(text.contains(&long), "{text}");
     }
