@@ -15,6 +15,7 @@ pub mod http;
 pub mod image;
 pub mod registry;
 
+pub mod bed;
 pub mod client;
 pub mod crictl;
 pub mod critest;
@@ -24,3 +25,4 @@ pub mod bench;
 pub mod traces;
 
 pub mod demo;
+pub mod suite;

@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 use runtime_tests::image::catalog;
-use runtime_tests::{bench, containerd, critest, daemon, demo, kubelet, registry, setup};
+use runtime_tests::{bench, build, containerd, critest, daemon, demo, kubelet, registry, setup, suite};
 
 #[derive(Parser)]
 #[command(name = "lab", about = "Sets up, tests and measures crisp")]
@@ -19,6 +19,12 @@ enum Command {
         /// Only this Go module: cri-tools, peers or kubelet.
         module: Option<String>,
     },
+    /// Build crispd and its shim as they are shipped.
+    Build,
+    /// Run what is quick: format, clippy, unit tests, documentation.
+    Check,
+    /// Run everything; the last line of stdout is the sum.
+    Test,
     /// Run the CRI conformance suite.
     Critest {
         /// Only specs whose name matches this expression.
@@ -76,6 +82,14 @@ fn work() -> Result<()> {
     match Arguments::parse().command {
         Command::Setup { module: None } => setup::everything(),
         Command::Setup { module: Some(module) } => setup::go_module(&module),
+        Command::Build => {
+            setup::for_demo()?;
+            let programs = build::programs()?;
+            println!("{}\n{}", programs.daemon.display(), programs.shim.display());
+            Ok(())
+        }
+        Command::Check => suite::check(),
+        Command::Test => suite::test(),
         Command::Critest { focus, all, verbose, containerd } => {
             run_critest(&critest::Options { focus, all, verbose }, containerd)
         }

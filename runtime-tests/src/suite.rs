@@ -1,0 +1,183 @@
+//! All checks in one run, as CI makes it: style, unit tests, runtime tests, the upstream suites. Every part runs even
+//! when one before it failed; the counts of all are added up, and the sum is the last line.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+
+use crate::daemon::Daemon;
+use crate::image::catalog;
+use crate::{build, critest, place, registry, setup};
+
+/// Counts of one part or of all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// What passed.
+    pub passed: usize,
+    /// What failed.
+    pub failed: usize,
+    /// What was not run, for a reason that was printed.
+    pub skipped: usize,
+}
+
+/// What a part gives: its counts, or why it could not be run, which counts as one failure.
+type Part = fn() -> Result<Counts>;
+
+const QUICK: &[(&str, Part)] =
+    &[("format", format), ("clippy", clippy), ("unit tests", unit_tests), ("documentation", documentation)];
+
+const REST: &[(&str, Part)] =
+    &[("dependencies", dependencies), ("runtime tests", runtime_tests), ("critest", critest_part)];
+
+/// What is quick: no pod is made.
+pub fn check() -> Result<()> {
+    setup::for_demo()?;
+    parts(QUICK)
+}
+
+/// Everything.
+pub fn test() -> Result<()> {
+    setup::everything().context("make the machine ready")?;
+    parts(&[QUICK, REST].concat())
+}
+
+fn parts(list: &[(&str, Part)]) -> Result<()> {
+    let mut lines = Vec::new();
+    let mut sum = Counts::default();
+    for (name, part) in list {
+        println!("\n==== {name}");
+        let started = Instant::now();
+        let counts = part().unwrap_or_else(|error| {
+            println!("{name}: {error:#}");
+            Counts { failed: 1, ..Counts::default() }
+        });
+        lines.push(format!(
+            "{:<16} {:>5} passed {:>5} failed {:>5} skipped {:>6.0} s",
+            name,
+            counts.passed,
+            counts.failed,
+            counts.skipped,
+            started.elapsed().as_secs_f64()
+        ));
+        sum.passed += counts.passed;
+        sum.failed += counts.failed;
+        sum.skipped += counts.skipped;
+    }
+    println!("\n==== summary");
+    lines.iter().for_each(|line| println!("{line}"));
+    // On stdout and last of all, even before the message of a failure: scripts read this line.
+    println!("{} passed, {} failed, {} skipped", sum.passed, sum.failed, sum.skipped);
+    if sum.failed > 0 { std::process::exit(1) } else { Ok(()) }
+}
+
+fn format() -> Result<Counts> {
+    whole(&["fmt", "--all", "--check"], &[])
+}
+
+fn clippy() -> Result<Counts> {
+    whole(&["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"], &[])
+}
+
+fn documentation() -> Result<Counts> {
+    whole(
+        &["doc", "--quiet", "--workspace", "--no-deps", "--document-private-items"],
+        &[("RUSTDOCFLAGS", "-D warnings")],
+    )
+}
+
+fn unit_tests() -> Result<Counts> {
+    counted(&[
+        "test",
+        "--workspace",
+        "--exclude",
+        "crisp-runtime-tests",
+        "--no-fail-fast",
+        "--",
+        "--test-threads=2",
+    ])
+}
+
+fn runtime_tests() -> Result<Counts> {
+    // Built before, so that no test's deadline runs while cargo does.
+    build::programs()?;
+    catalog::ensure()?;
+    counted(&["test", "-p", "crisp-runtime-tests", "--no-fail-fast", "--", "--test-threads=2"])
+}
+
+fn dependencies() -> Result<Counts> {
+    if place::program("cargo-deny").is_none() {
+        println!("skipped: cargo-deny is not installed");
+        return Ok(Counts { skipped: 1, ..Counts::default() });
+    }
+    whole(&["deny", "--offline", "check", "bans", "licenses", "sources"], &[])
+}
+
+fn critest_part() -> Result<Counts> {
+    critest::prepare_host()?;
+    let images = registry::Docker::start(&catalog::ensure()?)?;
+    let daemon = Daemon::start(images.address())?;
+    let outcome = critest::run(&daemon.socket(), &critest::Options::default())?;
+    outcome.print();
+    if !outcome.failed.is_empty() {
+        println!("{}", daemon.tail());
+    }
+    Ok(Counts { passed: outcome.passed, failed: outcome.failed.len(), skipped: outcome.skipped.len() })
+}
+
+/// A cargo command that passes or fails as a whole.
+fn whole(args: &[&str], env: &[(&str, &str)]) -> Result<Counts> {
+    let mut cargo = build::cargo_command(args)?;
+    cargo.envs(env.iter().copied()).stdin(Stdio::null());
+    let status = cargo.status().context("start cargo")?;
+    if !status.success() {
+        bail!("cargo {}: {}", args.join(" "), crate::run::how(status));
+    }
+    Ok(Counts { passed: 1, ..Counts::default() })
+}
+
+/// A cargo test command, its results counted while they are shown.
+fn counted(args: &[&str]) -> Result<Counts> {
+    let mut cargo: Command = build::cargo_command(args)?;
+    let mut child = cargo.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("start cargo")?;
+    let mut counts = Counts::default();
+    if let Some(out) = child.stdout.take() {
+        for line in BufReader::new(out).lines() {
+            let line = line?;
+            println!("{line}");
+            if let Some(some) = result_line(&line) {
+                counts.passed += some.passed;
+                counts.failed += some.failed;
+                counts.skipped += some.skipped;
+            }
+        }
+    }
+    let status = child.wait()?;
+    // A test program that does not compile or dies has no result line.
+    if !status.success() && counts.failed == 0 {
+        counts.failed = 1;
+    }
+    Ok(counts)
+}
+
+/// Reads "test result: ok. 3 passed; 0 failed; 1 ignored; …".
+fn result_line(line: &str) -> Option<Counts> {
+    let rest = line.strip_prefix("test result: ")?.split_once(". ")?.1;
+    let number = |word: &str| {
+        rest.split("; ").find_map(|part| part.strip_suffix(word)).and_then(|n| n.trim().parse::<usize>().ok())
+    };
+    Some(Counts { passed: number(" passed")?, failed: number(" failed")?, skipped: number(" ignored")? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn result_lines_of_cargo_are_understood() {
+        let line = "test result: FAILED. 12 passed; 2 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.11s";
+        assert_eq!(result_line(line), Some(Counts { passed: 12, failed: 2, skipped: 1 }));
+        assert_eq!(result_line("test a::b ... ok"), None);
+    }
+}
