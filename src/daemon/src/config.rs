@@ -136,6 +136,7 @@ pub struct Cni {
 #[serde(default, deny_unknown_fields)]
 pub struct Bridge {
     pub name: String,
+    /// One per address family; empty means those that the kubelet tells.
     pub subnets: Vec<String>,
     /// 0 means that of the host's route to the world.
     pub mtu: u32,
@@ -342,7 +343,7 @@ impl Default for Cni {
 
 impl Default for Bridge {
     fn default() -> Bridge {
-        Bridge { name: "crisp0".into(), subnets: vec!["10.88.0.0/16".into()], mtu: 0, masquerade: true }
+        Bridge { name: "crisp0".into(), subnets: Vec::new(), mtu: 0, masquerade: true }
     }
 }
 

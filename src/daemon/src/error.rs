@@ -39,6 +39,12 @@ pub enum Fault {
     Shim { act: String, source: crate::shim::Error },
     #[error("start container {id}: {why}")]
     Start { id: String, why: String },
+    #[error("{act}: {source}")]
+    Network { act: &'static str, source: network::Error },
+    #[error("{act}: {source}")]
+    Image { act: &'static str, source: image::Error },
+    #[error(transparent)]
+    Spec(#[from] crate::containers::spec::Error),
     #[error("store: {0}")]
     Store(#[from] crate::store::Error),
     #[error("{0} ended without an answer")]
@@ -49,6 +55,18 @@ impl Fault {
     /// For a field of a request that cannot be honoured.
     pub fn invalid(why: impl Into<String>) -> Error {
         Arc::new(Fault::Invalid(why.into()))
+    }
+
+    pub fn shim(act: impl Into<String>) -> impl FnOnce(crate::shim::Error) -> Error {
+        move |source| Arc::new(Fault::Shim { act: act.into(), source })
+    }
+
+    pub fn network(act: &'static str) -> impl FnOnce(network::Error) -> Error {
+        move |source| Arc::new(Fault::Network { act, source })
+    }
+
+    pub fn image(act: &'static str) -> impl FnOnce(image::Error) -> Error {
+        move |source| Arc::new(Fault::Image { act, source })
     }
 
     pub fn io(act: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {

@@ -7,17 +7,31 @@
 //!                        └───────────────────────────────────┘
 //! ```
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    fs,
+    path::PathBuf,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use cri_api::v1;
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
+use serde_json::Value;
+use tokio::{sync::watch, time::Instant};
 
-use crate::{lock::Lock, pods::Pod};
+use crate::{
+    error::{Fault, Result},
+    lock::Lock,
+    pods::Pod,
+};
 
 pub mod create;
 pub mod exec;
+pub mod exit;
 pub mod log;
+pub mod record;
 pub mod remove;
 pub mod spec;
 pub mod start;
@@ -39,8 +53,14 @@ pub struct Container {
     state: Lock<State>,
     /// Becomes true when the exit is recorded.
     ended: watch::Sender<bool>,
+    /// When the grace of a stop in flight is over.
+    stop_by: watch::Sender<Option<Instant>>,
     /// Held by the one who starts, updates or removes the container.
     pub act: tokio::sync::Mutex<()>,
+    /// The one who asked for the container has its id.
+    claimed: AtomicBool,
+    /// `process` of config.json, read when a command is first executed.
+    process: OnceLock<Value>,
 }
 
 /// Decided when the container was made, and kept.
@@ -59,6 +79,8 @@ pub struct Facts {
     pub uid: i64,
     pub gid: i64,
     pub groups: Vec<i64>,
+    /// Namespaces of the pod that it takes part in.
+    pub joins: spec::Joins,
 }
 
 /// Where a container is in its life.
@@ -70,6 +92,19 @@ pub enum Phase {
     Running,
     Exited,
 }
+
+impl Phase {
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::Created => "created",
+            Phase::Running => "running",
+            Phase::Exited => "exited",
+        }
+    }
+}
+
+/// The OCI runtime spec in a bundle.
+const CONFIG: &str = "config.json";
 
 /// What changes in a container's life.
 #[derive(Clone, Debug, Default)]
@@ -89,6 +124,8 @@ pub struct State {
     pub resources: Option<v1::LinuxContainerResources>,
     /// Being removed: nothing new may begin.
     pub removing: bool,
+    /// When the grace of a stop that was begun is over, in nanoseconds since 1970.
+    pub stop_by: Option<i64>,
 }
 
 impl Container {
@@ -108,8 +145,16 @@ impl Container {
             facts,
             state: Lock::new(State { resources, ..State::default() }),
             ended: watch::Sender::new(false),
+            stop_by: watch::Sender::new(None),
             act: tokio::sync::Mutex::default(),
+            claimed: AtomicBool::new(false),
+            process: OnceLock::new(),
         }
+    }
+
+    /// Takes the container for a caller. False when another has it.
+    pub fn claim(&self) -> bool {
+        !self.claimed.swap(true, Ordering::SeqCst)
     }
 
     /// A copy of what changes.
@@ -136,6 +181,14 @@ impl Container {
         self.state.read().phase
     }
 
+    /// An error that names both, unless the container is in the wanted phase.
+    pub fn check_phase(&self, wanted: Phase) -> Result<()> {
+        match self.phase() {
+            phase if phase == wanted => Ok(()),
+            phase => Err(Fault::ContainerState(self.id.clone(), phase.name(), wanted.name()).into()),
+        }
+    }
+
     /// Returns when the exit is recorded.
     pub async fn ended(&self) {
         let mut ended = self.ended.subscribe();
@@ -145,6 +198,29 @@ impl Container {
 
     pub fn metadata(&self) -> v1::ContainerMetadata {
         self.config.metadata.clone().unwrap_or_default()
+    }
+
+    /// The OCI runtime spec, from the bundle.
+    pub fn spec(&self) -> Result<Value> {
+        let path = self.bundle().join(CONFIG);
+        let text = fs::read(&path).map_err(Fault::io("read", &path))?;
+        serde_json::from_slice(&text).map_err(|e| Fault::io("read", path)(e.into()))
+    }
+
+    /// Writes the OCI runtime spec, whole or not at all.
+    pub fn write_spec(&self, json: &[u8]) -> Result<()> {
+        let path = self.bundle().join(CONFIG);
+        let new = path.with_extension("new");
+        fs::write(&new, json).and_then(|()| fs::rename(&new, &path)).map_err(Fault::io("write", path))
+    }
+
+    /// The OCI process object.
+    pub fn process(&self) -> Result<Value> {
+        if let Some(process) = self.process.get() {
+            return Ok(process.clone());
+        }
+        let process = self.spec()?["process"].take();
+        Ok(self.process.get_or_init(|| process).clone())
     }
 
     /// Holds config.json and the shim's records.

@@ -1,16 +1,58 @@
-//! Forgets a container.
+//! Forgets a container, killing it first when it runs. May be repeated and begun anew at any point.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
-#[allow(unused_imports)]
-use cri_api::v1;
+use cri_api::v1::ContainerEventType;
+use tracing::info;
 
+use super::{Container, record, spec, stop};
 use crate::{
-    daemon::Daemon,
+    daemon::{Daemon, blocking},
     error::{Fault, Result},
+    events, shim,
+    store::Kind,
+    table::Found,
 };
 
-/// Forgets a container.
-pub async fn remove(_daemon: &Arc<Daemon>, _id: &str) -> Result<()> {
-    Err(Fault::Unsupported("RemoveContainer").into())
+/// Removes a container; unknown ones are removed.
+pub async fn remove(daemon: &Arc<Daemon>, id: &str) -> Result<()> {
+    match daemon.containers.find(id) {
+        Found::One(container) => forget(daemon, &container).await,
+        Found::None => Ok(()),
+        Found::Many => Err(Fault::Ambiguous(id.into()).into()),
+    }
+}
+
+/// The same for a container at hand.
+pub async fn forget(daemon: &Arc<Daemon>, container: &Arc<Container>) -> Result<()> {
+    stop::end(daemon, container, Duration::ZERO).await?;
+    let _act = container.act.lock().await;
+    if daemon.containers.get(&container.id).is_none() {
+        return Ok(());
+    }
+    container.change(|state| state.removing = true);
+    daemon.store.put_later(record::row(container));
+
+    if let Some(shim) = container.pod.shim() {
+        match shim.delete(&container.id).await {
+            // One that never ran is unknown to the shim.
+            Ok(()) | Err(shim::Error::NotFound(_) | shim::Error::Gone) => {}
+            Err(e) => return Err(Fault::shim(format!("delete container {}", container.id))(e)),
+        }
+    }
+    daemon.images.release(&container.id).await.map_err(Fault::image("remove writable layer"))?;
+    let (bundle, root, id) = (container.bundle(), daemon.config().root.clone(), container.id.clone());
+    let volumes = blocking(move || spec::volumes::remove(&root, &id)).await;
+    volumes.map_err(Fault::io("remove volumes of", &container.id))?;
+    match blocking(move || std::fs::remove_dir_all(bundle)).await {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Fault::io("remove", container.bundle())(e));
+        }
+        _ => {}
+    }
+    daemon.store.drop(Kind::Container, &container.id).await?;
+    daemon.containers.remove(&container.id);
+    events::emit(daemon, ContainerEventType::ContainerDeletedEvent, container);
+    info!(container = %container.id, pod = %container.pod.id, "container removed");
+    Ok(())
 }

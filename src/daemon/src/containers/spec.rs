@@ -14,6 +14,7 @@ use std::{
 };
 
 use cri_api::v1::{self, NamespaceMode};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::{config::Config, pods::Pod};
@@ -81,7 +82,7 @@ pub struct Made {
 }
 
 /// Namespaces of the pod that a container takes part in; the shim holds them.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Joins {
     pub user: bool,
     pub net: bool,

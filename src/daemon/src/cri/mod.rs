@@ -8,7 +8,11 @@ use tokio_stream::Stream;
 use tonic::{Code, Response, Status};
 use tracing::{debug, error, info};
 
-use crate::error::{Error, Fault, Result};
+use crate::{
+    containers::spec,
+    error::{Error, Fault, Result},
+    shim,
+};
 
 pub mod image;
 pub mod info;
@@ -80,9 +84,20 @@ fn code(error: &Error) -> Code {
         Fault::Unsupported(_) => Code::Unimplemented,
         Fault::Deadline { .. } => Code::DeadlineExceeded,
         Fault::Panicked(_) => Code::Internal,
+        // What is wrong with the client's own files and profiles, and image volumes, is told by the text.
+        Fault::Spec(spec::Error::Look { .. } | spec::Error::SeccompFile { .. } | spec::Error::Ulimit(_)) => {
+            Code::Unknown
+        }
+        Fault::Spec(_) => Code::InvalidArgument,
+        Fault::Shim { source: shim::Error::Deadline, .. } => Code::DeadlineExceeded,
+        Fault::Shim { source: shim::Error::Invalid(_), .. } => Code::InvalidArgument,
+        Fault::Shim { source: shim::Error::State(_), .. } => Code::FailedPrecondition,
+        Fault::Image { source: ::image::Error::NotFound(_), .. } => Code::NotFound,
         Fault::Unkillable(_)
         | Fault::Io { .. }
         | Fault::Shim { .. }
+        | Fault::Network { .. }
+        | Fault::Image { .. }
         | Fault::Start { .. }
         | Fault::Store(_) => Code::Unknown,
     }

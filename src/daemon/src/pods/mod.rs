@@ -9,18 +9,30 @@
 //! ```
 //! Clients see Ready, and all later states as not ready. A pod in Creating is in no table: nobody sees it.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use cri_api::v1;
 use serde::{Deserialize, Serialize};
 
 use crate::{lock::Lock, shim::Shim};
 
+pub mod files;
+pub mod network;
+pub mod record;
 pub mod remove;
 pub mod run;
 pub mod status;
 pub mod stop;
+pub mod sysctl;
 pub mod update;
+pub mod watch;
+pub mod wish;
 
 /// One pod. What does not change is here; what does is behind [`Pod::state`].
 pub struct Pod {
@@ -40,6 +52,8 @@ pub struct Pod {
     shim: Lock<Option<Arc<Shim>>>,
     /// Held by the one who stops or removes the pod.
     pub act: tokio::sync::Mutex<()>,
+    /// The one who asked for the pod has its id. Until then the same request gets it again.
+    claimed: AtomicBool,
 }
 
 /// Where a pod is in its life.
@@ -88,7 +102,13 @@ impl Pod {
             state: Lock::new(state),
             shim: Lock::default(),
             act: tokio::sync::Mutex::default(),
+            claimed: AtomicBool::new(false),
         }
+    }
+
+    /// Takes the pod for a caller. False when another has it.
+    pub fn claim(&self) -> bool {
+        !self.claimed.swap(true, Ordering::SeqCst)
     }
 
     /// A copy of what changes.
@@ -164,6 +184,7 @@ impl Pod {
 }
 
 /// Where the files of a pod are.
+#[derive(Default)]
 pub struct Place {
     pub dir: PathBuf,
     pub netns: Option<PathBuf>,

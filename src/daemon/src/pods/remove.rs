@@ -1,16 +1,37 @@
-//! Forgets a pod.
+//! Forgets a pod, with what containers are left, by force. May be repeated.
 
 use std::sync::Arc;
 
-#[allow(unused_imports)]
-use cri_api::v1;
+use tracing::info;
 
+use super::stop;
 use crate::{
-    daemon::Daemon,
+    containers,
+    daemon::{Daemon, blocking},
     error::{Fault, Result},
+    store::Kind,
+    table::Found,
 };
 
-/// Forgets a pod.
-pub async fn remove(_daemon: &Arc<Daemon>, _id: &str) -> Result<()> {
-    Err(Fault::Unsupported("RemovePodSandbox").into())
+/// Removes a pod; unknown ones are removed.
+pub async fn remove(daemon: &Arc<Daemon>, id: &str) -> Result<()> {
+    let pod = match daemon.pods.find(id) {
+        Found::One(pod) => pod,
+        Found::None => return Ok(()),
+        Found::Many => return Err(Fault::Ambiguous(id.into()).into()),
+    };
+    let _act = pod.act.lock().await;
+    stop::halt(daemon, &pod).await?;
+    for container in daemon.containers_of(&pod) {
+        containers::remove::forget(daemon, &container).await?;
+    }
+    let dir = pod.dir.clone();
+    match blocking(move || std::fs::remove_dir_all(dir)).await {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Fault::io("remove", &pod.dir)(e)),
+        _ => {}
+    }
+    daemon.store.drop(Kind::Pod, &pod.id).await?;
+    daemon.pods.remove(&pod.id);
+    info!(pod = %pod.id, "pod removed");
+    Ok(())
 }

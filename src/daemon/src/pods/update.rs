@@ -1,16 +1,23 @@
-//! Keeps the resources of a whole pod.
+//! Keeps what resources a whole pod has. Its cgroup belongs to the kubelet, who writes it: nothing to do there.
 
 use std::sync::Arc;
 
-#[allow(unused_imports)]
 use cri_api::v1;
 
-use crate::{
-    daemon::Daemon,
-    error::{Fault, Result},
-};
+use super::record;
+use crate::{daemon::Daemon, error::Result};
 
-/// Keeps the resources of a whole pod.
-pub async fn update(_daemon: &Arc<Daemon>, _request: v1::UpdatePodSandboxResourcesRequest) -> Result<()> {
-    Err(Fault::Unsupported("UpdatePodSandboxResources").into())
+/// Always succeeds for a known pod: an error would make the kubelet give the resize up.
+pub async fn update(daemon: &Arc<Daemon>, request: v1::UpdatePodSandboxResourcesRequest) -> Result<()> {
+    let pod = daemon.pod(&request.pod_sandbox_id)?;
+    pod.change(|state| {
+        if request.resources.is_some() {
+            state.resources = request.resources;
+        }
+        if request.overhead.is_some() {
+            state.overhead = request.overhead;
+        }
+    });
+    daemon.store.put_later(record::row(&pod));
+    Ok(())
 }
