@@ -183,6 +183,42 @@ pub(crate) fn ignore_signals() {
     }
 }
 
+/// Uses the file system as these ids, with all capabilities kept, until the value is dropped (setfsuid(2)).
+pub(crate) fn act_as((uid, gid): (u32, u32)) -> Result<Acting> {
+    const NO_SETUID_FIXUP: u64 = 1 << 2;
+    let bits = prctl(libc::PR_GET_SECUREBITS, 0, 0)? as u64;
+    prctl(libc::PR_SET_SECUREBITS, bits | NO_SETUID_FIXUP, 0)?;
+    let acting = Acting { bits };
+    fs_ids(uid, gid);
+    // The call itself never fails; asked again with an id that is none, it tells what holds.
+    // SAFETY: takes a number and returns one.
+    match unsafe { libc::setfsuid(u32::MAX) } as u32 == uid {
+        true => Ok(acting),
+        false => Err(Errno::PERM),
+    }
+}
+
+/// Ends with its drop.
+pub(crate) struct Acting {
+    bits: u64,
+}
+
+impl Drop for Acting {
+    fn drop(&mut self) {
+        fs_ids(0, 0);
+        // What was allowed before is allowed again.
+        let _ = prctl(libc::PR_SET_SECUREBITS, self.bits, 0);
+    }
+}
+
+fn fs_ids(uid: u32, gid: u32) {
+    // SAFETY: both take a number and change the calling thread only.
+    unsafe {
+        libc::setfsgid(gid);
+        libc::setfsuid(uid);
+    }
+}
+
 /// prctl(2), PR_SET_NAME: what `ps` shows.
 pub(crate) fn prctl_name(name: &CStr) -> Result<()> {
     // SAFETY: reads a C string of at most 16 bytes.

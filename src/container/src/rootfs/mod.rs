@@ -78,6 +78,8 @@ struct Entry {
 enum What {
     /// A path of the host.
     Bind(PathBuf),
+    /// Directories of the host over each other, such as the layers of an image.
+    Overlay(overlay::Plan),
     /// A tree that the caller holds.
     Tree(OwnedFd),
     /// Our own `/dev`.
@@ -212,6 +214,8 @@ impl Plan {
                 Some(dev) => return dev.make(&entry.options).map(Some),
                 None => return Ok(None),
             },
+            // Its layers lie where the container cannot look, and may have to be shifted.
+            What::Overlay(overlay) => return overlay.mount(self.user.as_ref().map(OwnedFd::as_fd)).map(Some),
             _ => return Ok(None),
         };
         if let Some(user) = &entry.idmap {
@@ -427,6 +431,7 @@ fn entry(mount: &spec::Mount, given: &mut Given<'_>) -> Result<Entry, Error> {
             What::Bind(given.bundle.join(&mount.source))
         }
         "cgroup" | "cgroup2" => What::Cgroups,
+        "overlay" => What::Overlay(overlay::Plan::new(&mount.options)?),
         // H37: never what the image has there. A devtmpfs would be the host's.
         "tmpfs" if destination == Path::new("/dev") => What::Dev,
         "" => return Err(Error::Invalid(format!("mount on {destination:?} has no type"))),
@@ -441,7 +446,9 @@ fn entry(mount: &spec::Mount, given: &mut Given<'_>) -> Result<Entry, Error> {
     let idmap = match (&what, mount.uid_mappings.is_empty() && mount.gid_mappings.is_empty(), options.idmap) {
         (_, true, None) => None,
         (What::Bind(_), own, _) => Some(mapping(mount, own, given)?),
-        _ => return Err(Error::Invalid(format!("only binds can be id-mapped, not {destination:?}"))),
+        // Of an overlay the layers are mapped, each by itself.
+        (What::Overlay(_), true, _) => None,
+        _ => return Err(Error::Invalid(format!("{destination:?} cannot be id-mapped"))),
     };
     if options.copy_up {
         return Err(Error::Invalid(format!("tmpcopyup on {destination:?} is not supported")));

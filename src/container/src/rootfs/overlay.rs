@@ -43,14 +43,27 @@ impl Plan {
 
     /// The detached overlay. With id mapping this enters a mount namespace of its own first.
     pub(crate) fn mount(&self, user: Option<BorrowedFd<'_>>) -> Result<OwnedFd, Failure> {
+        let mut owner = None;
         match (self.idmap, user) {
-            (true, Some(user)) => self.shift(user)?,
+            (true, Some(user)) => {
+                self.shift(user)?;
+                owner = self.owner()?;
+            }
             (true, None) => {
                 return Err(Errno::INVAL).at(Step::IdMapMount, "rootfs: the container has no user namespace");
             }
             _ => {}
         }
+        let _acting = owner.map(kernel::act_as).transpose().at(Step::IdMapMount, "rootfs")?;
         self.configure().map_err(|refused| refused.failure("overlay", Path::new("rootfs")))
+    }
+
+    /// The container's root, as it owns the work directory seen through the mapping. overlayfs makes directories
+    /// there as whoever mounts it, and through an id-mapped mount only mapped ids can.
+    fn owner(&self) -> Result<Option<(u32, u32)>, Failure> {
+        let Some((_, work)) = &self.upper else { return Ok(None) };
+        let stat = rustix::fs::stat(work).at(Step::Source, work)?;
+        Ok(Some((stat.st_uid, stat.st_gid)))
     }
 
     fn configure(&self) -> Result<OwnedFd, mount::Refused> {

@@ -5,6 +5,7 @@
 
 mod basics;
 mod lab;
+mod volumes;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -23,6 +24,12 @@ const TESTS: &[Test] = facts! {
     basics:
         a_container_runs_its_program,
         an_exec_sees_the_container,
+    ;
+    volumes:
+        the_layers_of_an_image_are_a_volume_that_nobody_writes,
+        a_declared_volume_is_written_beside_the_image,
+        more_layers_than_fit_one_option_are_a_volume_too,
+        in_a_user_namespace_an_image_volume_belongs_to_its_root,
     ;
 };
 
