@@ -25,8 +25,8 @@ pub struct Options {
     pub pulls: usize,
     /// Lines of 64 bytes that one container logs.
     pub lines: usize,
-    /// Only crisp, without the peer that the bench starts.
-    pub alone: bool,
+    /// Only the peer of this name.
+    pub only: Option<String>,
 }
 
 /// A runtime under measurement.
@@ -67,21 +67,28 @@ const ROWS: &[(&str, &str, bool)] = &[
 /// Measures crisp, containerd and every `name=socket` in the environment variable `PEERS`.
 pub fn run(options: &Options) -> Result<()> {
     setup::for_tests()?;
-    if !options.alone {
-        setup::go_module("peers")?;
-    }
+    let wanted = |name: &str| options.only.as_deref().is_none_or(|only| only == name);
     let store = registry::with_large(catalog::ensure()?)?;
     let images = registry::Docker::start(&store)?;
-    let crisp = daemon::Daemon::start_with(&daemon::Options {
-        extra: "[debug]\nlevel = \"warn\"\n".to_owned(),
-        ..daemon::Options::new(images.address())
-    })?;
-    let containerd =
-        if options.alone { None } else { Some(containerd::Containerd::start(images.address())?) };
+    let crisp = if wanted("crisp") {
+        let options = daemon::Options { debug: "warn", ..daemon::Options::new(images.address()) };
+        Some(daemon::Daemon::start_with(&options)?)
+    } else {
+        None
+    };
+    let containerd = if wanted("containerd") {
+        setup::go_module("peers")?;
+        Some(containerd::Containerd::start(images.address())?)
+    } else {
+        None
+    };
 
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     runtime.block_on(async {
-        let mut peers = vec![Peer::open("crisp", &crisp.socket(), "crisp.test/").await?];
+        let mut peers = Vec::new();
+        if let Some(crisp) = &crisp {
+            peers.push(Peer::open("crisp", &crisp.socket(), "crisp.test/").await?);
+        }
         if let Some(containerd) = &containerd {
             peers.push(Peer::open("containerd", &containerd.socket(), "crisp.test/").await?);
         }
@@ -323,9 +330,11 @@ async fn print(peers: &mut [Peer], options: &Options) -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     println!("- {cores} cores, Linux {}, {} rounds, {} pods\n", kernel.trim(), options.rounds, options.pods);
-    let names: Vec<&str> = peers.iter().map(|peer| peer.name.as_str()).collect();
-    println!("| median (95th percentile) | {} | {} |", names.join(" | "), ratios(&names));
-    println!("|---{}|", "|---".repeat(names.len() * 2 - 1));
+    let names: Vec<String> = peers.iter().map(|peer| peer.name.clone()).collect();
+    let against = names.iter().skip(1).map(|name| format!("better than {name}"));
+    let head: Vec<String> = names.iter().cloned().chain(against).collect();
+    println!("| median (95th percentile) | {} |", head.join(" | "));
+    println!("|---{}|", "|---".repeat(head.len()));
     for (row, unit, more) in ROWS {
         let mut cells = Vec::new();
         let mut medians = Vec::new();
@@ -344,10 +353,6 @@ async fn print(peers: &mut [Peer], options: &Options) -> Result<()> {
         println!("| {row} | {} |", cells.join(" | "));
     }
     Ok(())
-}
-
-fn ratios(names: &[&str]) -> String {
-    names.iter().skip(1).map(|name| format!("better than {name} by")).collect::<Vec<_>>().join(" | ")
 }
 
 fn at(sorted: &[f64], part: f64) -> f64 {

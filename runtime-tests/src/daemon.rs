@@ -34,6 +34,8 @@ pub struct Options {
     pub registry: Option<SocketAddr>,
     /// More lines of the table `images`.
     pub images: String,
+    /// Level of the log.
+    pub debug: &'static str,
     /// More lines of config.toml: whole tables that are not written otherwise.
     pub extra: String,
 }
@@ -45,6 +47,7 @@ impl Options {
             network: Network::Bridge,
             registry: Some(registry),
             images: String::new(),
+            debug: "debug",
             extra: String::new(),
         }
     }
@@ -99,10 +102,11 @@ impl Daemon {
              [grpc]\naddress = \"{at}/crispd.sock\"\n\n\
              [images]\nconfig_path = [\"{at}/certs.d\"]\nproxy = \"\"\n{}\n\n\
              [runtimes.crisp]\nruntime_path = \"{}\"\n\n\
-             [debug]\nlevel = \"debug\"\n\n\
+             [debug]\nlevel = \"{}\"\n\n\
              [network]\n{network}\n{}",
             options.images,
             programs.shim.display(),
+            options.debug,
             options.extra
         );
         std::fs::write(dir.path().join("config.toml"), config)?;

@@ -30,6 +30,7 @@ pub fn run() -> Result<()> {
         network: Network::Bridge,
         registry: None,
         images: format!("import_dirs = [\"{}\"]", layout.display()),
+        debug: "info",
         extra: String::new(),
     })?;
     clock.step(&format!("started crispd, which imported the image; socket {}", daemon.socket().display()));

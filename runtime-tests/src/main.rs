@@ -62,9 +62,9 @@ enum Command {
         /// Lines that one container logs.
         #[arg(long, default_value_t = 8_000_000)]
         lines: usize,
-        /// Only crisp.
+        /// Only this one: crisp or containerd.
         #[arg(long)]
-        alone: bool,
+        only: Option<String>,
     },
 }
 
@@ -95,8 +95,8 @@ fn work() -> Result<()> {
         }
         Command::Kubelet { containerd } => run_kubelet(containerd),
         Command::Demo => demo::run(),
-        Command::Bench { rounds, pods, pulls, lines, alone } => {
-            bench::run(&bench::Options { rounds, pods, pulls, lines, alone })
+        Command::Bench { rounds, pods, pulls, lines, only } => {
+            bench::run(&bench::Options { rounds, pods, pulls, lines, only })
         }
     }
 }

@@ -312,10 +312,10 @@ async fn lists_are_filtered_by_id_state_pod_and_labels() -> Result<()> {
     let exited = Some(ContainerStateValue { state: ContainerState::ContainerExited as i32 });
     assert_eq!(
         containers(ContainerFilter { state: exited, ..ContainerFilter::default() }).await?,
-        [done.clone()]
+        [done.as_str()]
     );
     let of_pod = ContainerFilter { pod_sandbox_id: one.id.clone(), ..ContainerFilter::default() };
-    assert_eq!(containers(of_pod).await?, [front.clone()]);
+    assert_eq!(containers(of_pod).await?, [front.as_str()]);
     let by_label = ContainerFilter { label_selector: labels("front"), ..ContainerFilter::default() };
     assert_eq!(containers(by_label).await?, [front]);
     let both =

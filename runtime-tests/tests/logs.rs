@@ -106,7 +106,8 @@ async fn what_stands_at_the_log_path_is_not_followed() -> Result<()> {
     let victim = bed.daemon.dir().join("victim");
     std::fs::write(&victim, "untouched")?;
     std::os::unix::fs::symlink(&victim, pod.log("link"))?;
-    nix::unistd::mkfifo(&pod.log("fifo"), nix::sys::stat::Mode::from_bits_truncate(0o600))?;
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    mknodat(CWD, pod.log("fifo"), FileType::Fifo, Mode::from_raw_mode(0o600), 0)?;
     for name in ["link", "fifo"] {
         let work = async {
             let id = bed
