@@ -295,9 +295,16 @@ impl RuntimeService for Runtime {
 
     async fn update_runtime_config(
         &self,
-        _request: Request<v1::UpdateRuntimeConfigRequest>,
+        request: Request<v1::UpdateRuntimeConfigRequest>,
     ) -> Answer<v1::UpdateRuntimeConfigResponse> {
-        Ok(Response::new(v1::UpdateRuntimeConfigResponse {}))
+        let network = request.into_inner().runtime_config.and_then(|config| config.network_config);
+        let cidr = network.unwrap_or_default().pod_cidr;
+        call("UpdateRuntimeConfig", &cidr, async {
+            let told = self.0.network.set_pod_cidr(&cidr).await;
+            told.map_err(Fault::network("take over the pod address range"))?;
+            Ok(v1::UpdateRuntimeConfigResponse {})
+        })
+        .await
     }
 
     async fn status(&self, request: Request<v1::StatusRequest>) -> Answer<v1::StatusResponse> {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use cri_api::v1::ContainerEventType;
 use tracing::info;
 
 use super::stop;
@@ -9,6 +10,7 @@ use crate::{
     containers,
     daemon::{Daemon, blocking},
     error::{Fault, Result},
+    events,
     store::Kind,
     table::Found,
 };
@@ -32,6 +34,7 @@ pub async fn remove(daemon: &Arc<Daemon>, id: &str) -> Result<()> {
     }
     daemon.store.drop(Kind::Pod, &pod.id).await?;
     daemon.pods.remove(&pod.id);
+    events::emit_pod(daemon, ContainerEventType::ContainerDeletedEvent, &pod);
     info!(pod = %pod.id, "pod removed");
     Ok(())
 }

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use cri_api::v1;
+use cri_api::v1::{self, ContainerEventType};
 use network::netns;
 use tracing::{info, warn};
 
@@ -11,6 +11,7 @@ use super::{Phase, Pod, files, network as net, record, stop, watch, wish::Wish};
 use crate::{
     daemon::{Birth, Daemon, blocking, now},
     error::{Fault, Result},
+    events,
     shim::Shim,
     store::Kind,
 };
@@ -41,6 +42,8 @@ async fn make(daemon: Arc<Daemon>, wish: Wish) -> Result<String> {
         Ok(()) => {
             daemon.pods.insert(&pod.id, pod.clone());
             watch::begin(&daemon, &pod);
+            events::emit_pod(&daemon, ContainerEventType::ContainerCreatedEvent, &pod);
+            events::emit_pod(&daemon, ContainerEventType::ContainerStartedEvent, &pod);
             info!(pod = %pod.id, name = wish.name(), "pod ready");
             Ok(pod.id.clone())
         }

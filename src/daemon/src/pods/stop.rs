@@ -3,6 +3,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use cri_api::v1::ContainerEventType;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
@@ -11,7 +12,7 @@ use crate::{
     containers::{self, exit},
     daemon::Daemon,
     error::{Fault, Result},
-    shim,
+    events, shim,
     table::Found,
 };
 
@@ -44,6 +45,7 @@ pub async fn halt(daemon: &Arc<Daemon>, pod: &Arc<Pod>) -> Result<()> {
     network::release(daemon, &pod.id).await?;
     pod.change(|state| state.phase = Phase::Stopped);
     daemon.store.put(record::row(pod)).await?;
+    events::emit_pod(daemon, ContainerEventType::ContainerStoppedEvent, pod);
     info!(pod = %pod.id, "pod stopped");
     Ok(())
 }
