@@ -349,7 +349,7 @@ mod tests {
             leases.take("a", &subnets, &[one]).unwrap();
             assert_eq!(leases.take("b", &subnets, &[two]).is_err(), clashes, "{one:?} {two:?}");
             release(&mut leases, "b");
-            assert_eq!(leases.take("b", &subnets, &[one, two]).is_err(), true, "the first is taken");
+            assert!(leases.take("b", &subnets, &[one, two]).is_err(), "the first is taken");
             release(&mut leases, "a");
             assert_eq!(leases.take("b", &subnets, &[one, two]).is_err(), clashes, "within one pod");
         }

@@ -4,7 +4,7 @@
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{
     InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVeth, LinkAttribute, LinkFlags,
@@ -13,6 +13,7 @@ use netlink_packet_route::link::{
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
+use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcOption};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use crate::error::Error;
@@ -110,6 +111,61 @@ pub(crate) fn configure(pod: &mut Socket, addresses: &[(IpAddr, u8, IpAddr)]) ->
             .push((RouteNetlinkMessage::NewRoute(default_route(index, *gateway)), NLM_F_CREATE | NLM_F_EXCL));
     }
     all(pod, requests, &act)
+}
+
+/// Limits what an interface sends: a token bucket in place of its queue.
+pub(crate) fn limit(socket: &mut Socket, name: &str, bits: u64) -> Result<(), Error> {
+    let act = || format!("limit {name} to {bits} bit/s");
+    let link = find(socket, name).map_err(|refusal| refusal.to(act()))?;
+    let mut message = TcMessage::default();
+    message.header.index = link.map(|link| link.header.index).unwrap_or_default() as i32;
+    message.header.parent = TcHandle::ROOT;
+    message.attributes.push(TcAttribute::Kind("tbf".into()));
+    let bucket = Bucket::of(bits);
+    message.attributes.push(TcAttribute::Options(vec![
+        TcOption::Other(DefaultNla::new(TBF_PARAMETERS, bucket.parameters())),
+        TcOption::Other(DefaultNla::new(TBF_RATE64, bucket.rate.to_ne_bytes().to_vec())),
+        TcOption::Other(DefaultNla::new(TBF_BURST, bucket.burst.to_ne_bytes().to_vec())),
+    ]));
+    let message = RouteNetlinkMessage::NewQueueDiscipline(message);
+    socket.request(message, NLM_F_CREATE | NLM_F_REPLACE).map_err(|refusal| refusal.to(act()))
+}
+
+// linux/pkt_sched.h
+const TBF_PARAMETERS: u16 = 1;
+const TBF_RATE64: u16 = 4;
+const TBF_BURST: u16 = 6;
+const LINKLAYER_ETHERNET: u8 = 1;
+
+/// How full a token bucket is, and how fast it fills, in bytes.
+#[derive(Debug, PartialEq)]
+struct Bucket {
+    rate: u64,
+    burst: u32,
+    queue: u32,
+}
+
+impl Bucket {
+    /// Room for 20 ms, or for two of the largest packets that a local sender makes; and a queue of 100 ms more.
+    fn of(bits: u64) -> Bucket {
+        let rate = bits.div_ceil(8);
+        let bytes = |part: u64, least: u32| {
+            u32::try_from(rate / part).unwrap_or(u32::MAX / 4).clamp(least, u32::MAX / 4)
+        };
+        let burst = bytes(50, 128 << 10);
+        Bucket { rate, burst, queue: burst + bytes(10, 128 << 10) }
+    }
+
+    /// struct tc_tbf_qopt: two tc_ratespec, the second (a peak rate) of which is none, then limit, buffer and mtu.
+    fn parameters(&self) -> Vec<u8> {
+        let rate = u32::try_from(self.rate).unwrap_or(u32::MAX);
+        let mut bytes = vec![0, LINKLAYER_ETHERNET, 0, 0, 0, 0, 0, 0];
+        bytes.extend(rate.to_ne_bytes());
+        bytes.extend([0; 12]);
+        bytes.extend(self.queue.to_ne_bytes());
+        bytes.extend([0; 8]);
+        bytes
+    }
 }
 
 /// Removes a link. Succeeds when there is none.
@@ -223,4 +279,23 @@ pub(crate) fn default_route(index: u32, gateway: IpAddr) -> RouteMessage {
     }));
     message.attributes.push(RouteAttribute::Oif(index));
     message
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bucket_fits_its_rate() {
+        for (bits, rate, burst) in [
+            (1_000, 125, 128 << 10),
+            (1_000_000_000, 125_000_000, 2_500_000),
+            (10u64.pow(15), 125_000_000_000_000, u32::MAX / 4),
+        ] {
+            let bucket = Bucket::of(bits);
+            assert_eq!((bucket.rate, bucket.burst), (rate, burst), "{bits}");
+            assert!(bucket.queue > bucket.burst);
+            assert_eq!(bucket.parameters().len(), 36);
+        }
+    }
 }

@@ -115,9 +115,6 @@ impl Bridge {
     /// Gives the pod an address of every subnet, a wire and its host ports. Attached again, a pod keeps its
     /// addresses.
     pub async fn attach(&self, attachment: &Attachment) -> Result<Attached, Error> {
-        if let Some(limits) = attachment.bandwidth {
-            tracing::warn!(pod = %attachment.pod_id, ?limits, "the built-in bridge knows no bandwidth limits");
-        }
         let (shared, pod) = (self.0.clone(), attachment.clone());
         let done = on_own_thread(move || {
             let lease = shared.prepare(&pod)?;
@@ -242,7 +239,15 @@ impl Shared {
             // Whoever claims to be a router on the bridge is another pod (CVE-2020-10749).
             netns::sysctl(&format!("net/ipv6/conf/{}/accept_ra", link::INTERFACE), "0")?;
         }
-        link::configure(&mut socket()?, &addresses)?;
+        let mut inside = socket()?;
+        link::configure(&mut inside, &addresses)?;
+        // A limit is on the sender's side of the wire. A pod that may administer its network can lift its own.
+        if let Some(bits) = pod.bandwidth.and_then(|limits| limits.egress) {
+            link::limit(&mut inside, link::INTERFACE, bits)?;
+        }
+        if let Some(bits) = pod.bandwidth.and_then(|limits| limits.ingress) {
+            link::limit(&mut host, wire.name, bits)?;
+        }
         link::join(&mut host, wire.name, bridge)
             .map_err(|refusal| refusal.to("put the pod on the bridge"))?;
         Ok(self.summary(pod, &wire, &addresses))

@@ -96,11 +96,14 @@ impl From<Version> for String {
 /// what the operator wants his pods to be on.
 pub(crate) fn load(dir: &Path, max: usize, named: Option<&str>) -> Result<Vec<NetworkList>, Error> {
     let none = || Error::NotReady(format!("no network configuration in {}", dir.display()));
+    let bad = |reason| Error::Conf { path: dir.to_owned(), reason };
     let files = match files(dir, &["conflist", "conf", "json"]) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(none()),
-        Err(e) => return Err(Error::Conf { path: dir.to_owned(), reason: e.to_string() }),
+        Err(e) => return Err(bad(e.to_string())),
         Ok(files) => files,
     };
+    // Who can lay down a file here decides what we run as root.
+    fs::metadata(dir).map_err(|e| e.to_string()).and_then(|stat| trusted(&stat)).map_err(bad)?;
     let mut networks: Vec<NetworkList> = Vec::new();
     let mut refused = None;
     for path in files {
@@ -401,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_others_can_write_is_refused() {
+    fn a_file_or_directory_that_others_can_write_is_refused() {
         use std::os::unix::fs::PermissionsExt;
         let dir = dir(&[("10-a.conflist", A)]);
         fs::set_permissions(dir.path().join("10-a.conflist"), fs::Permissions::from_mode(0o666)).unwrap();

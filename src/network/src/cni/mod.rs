@@ -30,7 +30,7 @@ use result::Facts;
 /// removed and made anew, a link moved, a mount put over it.
 const LOOK: Duration = Duration::from_millis(500);
 /// How often plugins are asked for their STATUS.
-const ASK: Duration = Duration::from_secs(5);
+const ASK: Duration = Duration::from_secs(10);
 /// STATUS and GC are asked beside the pods' own business and wait less long.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// The file that a template is written to, where containerd would write its own.

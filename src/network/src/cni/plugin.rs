@@ -182,18 +182,12 @@ struct Finished {
 }
 
 /// An error as plugins write it.
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 #[serde(default)]
 struct Answer {
     code: u64,
     msg: String,
     details: String,
-}
-
-impl Default for Answer {
-    fn default() -> Answer {
-        Answer { code: 0, msg: String::new(), details: String::new() }
-    }
 }
 
 /// Kills a plugin with everything that it started, unless it ended by itself.
