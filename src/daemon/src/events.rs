@@ -12,7 +12,12 @@ use tokio::sync::broadcast::{self, error::RecvError};
 use tonic::Status;
 use tracing::warn;
 
-use crate::{containers::Container, daemon::Daemon, lock::Lock, pods::Pod};
+use crate::{
+    containers::Container,
+    daemon::{Daemon, now},
+    lock::Lock,
+    pods::Pod,
+};
 
 /// Events that a subscriber may be behind: some seconds of a node that starts all its pods at once.
 const RING: usize = 1024;
@@ -100,11 +105,6 @@ fn event(daemon: &Daemon, kind: v1::ContainerEventType, id: &str, pod: &Pod) -> 
             .map(|container| crate::containers::status::of(container))
             .collect(),
     }
-}
-
-fn now() -> i64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]

@@ -47,7 +47,7 @@ pub async fn run(daemon: Arc<Daemon>, listener: UnixListener, end: impl Future<O
     let runtime = RuntimeServiceServer::new(cri::runtime::Runtime(daemon.clone()))
         .max_decoding_message_size(keys.max_recv_message_size)
         .max_encoding_message_size(keys.max_send_message_size);
-    let _images = ImageServiceServer::new(cri::image::Images(daemon.clone()))
+    let images = ImageServiceServer::new(cri::image::Images(daemon.clone()))
         .max_decoding_message_size(keys.max_recv_message_size)
         .max_encoding_message_size(keys.max_send_message_size);
     let (ended, ending) = tokio::sync::watch::channel(false);
@@ -55,7 +55,7 @@ pub async fn run(daemon: Arc<Daemon>, listener: UnixListener, end: impl Future<O
     let server = Server::builder()
         .http2_max_header_list_size(HEADERS)
         .add_service(runtime)
-        // .add_service(images)
+        .add_service(images)
         .serve_with_incoming_shutdown(peers(listener, keys), async move {
             let _ = heard.wait_for(|ended| *ended).await;
         });

@@ -40,7 +40,7 @@ pub async fn call<T>(name: &'static str, id: &str, work: impl Future<Output = Re
                     info!(call = name, id, error = %fault, code = ?code, took = ?begun.elapsed(), "call failed")
                 }
             }
-            Err(Status::new(code, fault.to_string()))
+            Err(Status::new(code, text(&fault)))
         }
         Err(_) => {
             error!(call = name, id, "call panicked");
@@ -84,22 +84,27 @@ fn code(error: &Error) -> Code {
         Fault::Unsupported(_) => Code::Unimplemented,
         Fault::Deadline { .. } => Code::DeadlineExceeded,
         Fault::Panicked(_) => Code::Internal,
-        // What is wrong with the client's own files and profiles, and image volumes, is told by the text.
-        Fault::Spec(spec::Error::Look { .. } | spec::Error::SeccompFile { .. } | spec::Error::Ulimit(_)) => {
-            Code::Unknown
-        }
+        // What the host or the operator's configuration lacks is not the client's fault.
+        Fault::Spec(spec::Error::Look { .. } | spec::Error::Ulimit(_)) => Code::Unknown,
         Fault::Spec(_) => Code::InvalidArgument,
         Fault::Shim { source: shim::Error::Deadline, .. } => Code::DeadlineExceeded,
         Fault::Shim { source: shim::Error::Invalid(_), .. } => Code::InvalidArgument,
         Fault::Shim { source: shim::Error::State(_), .. } => Code::FailedPrecondition,
-        Fault::Image { source: ::image::Error::NotFound(_), .. } => Code::NotFound,
+        Fault::Image { ref source, .. } => image::code(source),
         Fault::Unkillable(_)
         | Fault::Io { .. }
         | Fault::Shim { .. }
         | Fault::Network { .. }
-        | Fault::Image { .. }
         | Fault::Start { .. }
         | Fault::Store(_) => Code::Unknown,
+    }
+}
+
+/// What the client reads. The kubelet tells some failures apart by how the text begins.
+fn text(error: &Error) -> String {
+    match &**error {
+        Fault::Image { source, .. } => image::text(source, error),
+        _ => error.to_string(),
     }
 }
 
