@@ -114,7 +114,7 @@ impl Images {
         let swept = directories.clone();
         drop(tokio::task::spawn_blocking(move || swept.sweep()));
         let tls = pull::Tls::new(&config.proxy);
-        Ok(Arc::new(Images {
+        let images = Arc::new(Images {
             directories,
             live: RwLock::new(Arc::new(Live::new(config))),
             store,
@@ -123,7 +123,10 @@ impl Images {
             pulls: Flights::new(),
             unpacked: Flights::new(),
             tls,
-        }))
+        });
+        // Layers of a pull that was cut off are kept for its next try.
+        pull::collect_later(&images);
+        Ok(images)
     }
 
     /// Takes over the live settings; pulls under way go on with those that they started with.
@@ -354,6 +357,19 @@ impl Images {
         self.live.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Removes layers that no image and no pull uses.
+    pub(crate) async fn collect(&self) -> Result<()> {
+        let (index, directories) = (self.index.clone(), self.directories.clone());
+        self.store
+            .run(move |db| {
+                directories.discard(db.collect()?)?;
+                index.write().unwrap_or_else(PoisonError::into_inner).reload(db)
+            })
+            .await?;
+        self.sweep().await;
+        Ok(())
+    }
+
     /// Empties the trash.
     pub(crate) async fn sweep(&self) {
         let directories = self.directories.clone();
@@ -396,7 +412,8 @@ impl Index {
             if let Some(mend) = &row.mend {
                 self.mends.add(Occupied { bytes: mend.bytes, inodes: mend.inodes });
             }
-            let mut stack: Vec<String> = row.stack.iter().rev().map(Digest::file_name).collect();
+            let mut stack: Vec<String> =
+                pull::topmost_once(&row.stack).iter().map(Digest::file_name).collect();
             stack.splice(0..0, row.mend.as_ref().map(|mend| mend.name.clone()));
             self.stacks.insert(row.id.clone(), stack.clone());
             if row.hidden {
@@ -589,7 +606,6 @@ fn recover(db: &mut Db, directories: &Directories) -> Result<()> {
             Ok(())
         })?;
     }
-    db.collect()?;
     let mut wanted: HashSet<String> = db.layers()?.iter().map(|row| row.diff_id.file_name()).collect();
     wanted.extend(db.images()?.into_iter().filter_map(|image| image.mend).map(|mend| mend.name));
     for name in present.difference(&wanted) {

@@ -16,6 +16,7 @@ mod manifest;
 mod platform;
 mod pull;
 mod reference;
+mod registry;
 mod settings;
 mod snapshot;
 mod store;

@@ -38,7 +38,7 @@ fn unpacker() -> Unpacker {
 }
 
 async fn unpack(directory: &Path, compression: Compression, bytes: &[u8]) -> Result<Unpacked, Error> {
-    let mut unpacking = unpacker().start(directory, compression)?;
+    let mut unpacking = unpacker().start(directory, compression, "sha256")?;
     // A child that gives up early closes the pipe; finish says why.
     let _ = unpacking.stdin().unwrap().write_all(bytes).await;
     unpacking.finish(Duration::from_secs(60)).await
@@ -144,7 +144,7 @@ fn outside(runtime: &tokio::runtime::Runtime) {
 fn dropped(runtime: &tokio::runtime::Runtime) {
     let directory = tempfile::tempdir().unwrap();
     let unpacking =
-        runtime.block_on(async { unpacker().start(directory.path(), Compression::Gzip).unwrap() });
+        runtime.block_on(async { unpacker().start(directory.path(), Compression::Gzip, "sha256").unwrap() });
     let running = || {
         let all = fs::read_dir("/proc").unwrap().flatten();
         let lines = all.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok());

@@ -10,9 +10,9 @@ use std::{
 };
 
 use flate2::bufread::MultiGzDecoder;
-use sha2::{Digest, Sha256};
 
 use super::Compression;
+use crate::digest::Hasher;
 
 /// Pieces of this size go from one thread to the other.
 const PIECE: usize = 256 << 10;
@@ -43,14 +43,15 @@ impl Archive {
     pub(super) fn of(
         compressed: impl Read + Send + 'static,
         compression: Compression,
+        hasher: Hasher,
     ) -> io::Result<Archive> {
         let (send, pieces) = sync_channel(WAITING);
-        let work = move || decompress(compressed, compression, &send);
+        let work = move || decompress(compressed, compression, hasher, &send);
         let thread = std::thread::Builder::new().name("decompress".into()).spawn(work)?;
         Ok(Archive { pieces, piece: Vec::new(), at: 0, thread })
     }
 
-    /// Reads what is left, which is part of the digest, and says the digest of it all: `sha256:…`.
+    /// Reads what is left, which is part of the digest, and says the digest of it all.
     pub(super) fn digest(mut self) -> io::Result<String> {
         let mut rest = [0; 4096];
         while self.read(&mut rest)? != 0 {}
@@ -94,9 +95,9 @@ impl<R: Read> Read for Counted<R> {
 fn decompress(
     compressed: impl Read,
     compression: Compression,
+    mut hash: Hasher,
     send: &SyncSender<io::Result<Vec<u8>>>,
 ) -> String {
-    let mut hash = Sha256::new();
     let count = Rc::new(Cell::new(0));
     let input = BufReader::with_capacity(PIECE, Counted { inner: compressed, count: count.clone() });
     let mut archive: Box<dyn Read> = match reader(input, compression) {
@@ -126,13 +127,7 @@ fn decompress(
             break;
         }
     }
-    let digest = hash.finalize();
-    let hex = digest.iter().fold(String::from("sha256:"), |mut text, byte| {
-        use std::fmt::Write;
-        let _ = write!(text, "{byte:02x}");
-        text
-    });
-    hex
+    hash.finish().to_string()
 }
 
 fn reader<'a>(input: BufReader<impl Read + 'a>, compression: Compression) -> io::Result<Box<dyn Read + 'a>> {

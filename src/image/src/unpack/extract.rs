@@ -114,6 +114,8 @@ pub(super) struct Extractor {
     bytes: u64,
     inodes: u64,
     implied: HashSet<Vec<u8>>,
+    /// Whether the root has an entry.
+    rooted: bool,
     /// Modification times of directories, set last: filling a directory changes its own.
     times: Vec<(Vec<u8>, Timespec)>,
     /// The parent of the entry before; most have the same.
@@ -142,6 +144,7 @@ impl Extractor {
             bytes: 0,
             inodes: 0,
             implied: HashSet::new(),
+            rooted: false,
             times: Vec::new(),
             parent: None,
             content: vec![0; 256 << 10],
@@ -175,7 +178,7 @@ impl Extractor {
         // Names that are no UTF-8 cannot be told in JSON; their directories keep the attributes they have.
         let implied = implied.into_iter().filter_map(|path| String::from_utf8(path).ok());
         let implied = implied.map(PathBuf::from).collect();
-        Unpacked { diff_id, bytes: self.bytes, inodes: self.inodes, implied }
+        Unpacked { diff_id, root: self.rooted, bytes: self.bytes, inodes: self.inodes, implied }
     }
 
     fn next(&mut self, archive: &mut impl Read) -> Result<Next> {
@@ -333,6 +336,7 @@ impl Extractor {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root =
             openat2(&self.root, ".", flags, Mode::empty(), INSIDE).map_err(host("open", &entry.path))?;
+        self.rooted = true;
         self.times.push((b".".to_vec(), entry.modified));
         attributes(entry, &root)
     }

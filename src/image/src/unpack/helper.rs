@@ -9,14 +9,16 @@ use super::{
     decompress::{self, Archive},
     extract::{self, Extractor},
 };
+use crate::digest::Hasher;
 
-/// Runs the hidden command `unpack <compression> <directory>`; returns the exit status.
+/// Runs the hidden command `unpack <compression> <algorithm> <directory>`; returns the exit status.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> i32 {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
-    let [compression, directory] = arguments.as_slice() else { return 64 };
+    let [compression, algorithm, directory] = arguments.as_slice() else { return 64 };
     let Some(compression) = compression.to_str().and_then(Compression::of) else { return 64 };
+    let Some(hasher) = algorithm.to_str().and_then(Hasher::named) else { return 64 };
     let reply = match confine::to(Path::new(directory)) {
-        Ok(()) => unpack(compression),
+        Ok(()) => unpack(compression, hasher),
         Err(error) => Reply::Host(format!("confine the unpack helper to its directory: {error}")),
     };
     let status = i32::from(!matches!(reply, Reply::Unpacked(_)));
@@ -37,14 +39,15 @@ fn say(mut reply: Reply) -> io::Result<()> {
     io::stdout().lock().write_all(&line)
 }
 
-fn unpack(compression: Compression) -> Reply {
+fn unpack(compression: Compression, hasher: Hasher) -> Reply {
     rustix::process::umask(Mode::empty());
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = match rustix::fs::open("/", flags, Mode::empty()) {
         Ok(root) => root,
         Err(error) => return Reply::Host(format!("open the layer's directory: {error}")),
     };
-    let archive = Archive::of(io::stdin(), compression).map_err(|error| Reply::Host(error.to_string()));
+    let archive =
+        Archive::of(io::stdin(), compression, hasher).map_err(|error| Reply::Host(error.to_string()));
     let mut archive = match archive {
         Ok(archive) => archive,
         Err(reply) => return reply,

@@ -23,7 +23,7 @@ pub use helper::main;
 /// The longest reply: [`Unpacked::implied`] is cut to fit.
 const MOST_REPLY: u64 = 4 << 20;
 
-/// How a layer's bytes are compressed. Named by its media type, not guessed.
+/// How a layer's bytes are compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Compression {
     /// A tar archive as it is.
@@ -40,6 +40,16 @@ impl Compression {
             Compression::Plain => "plain",
             Compression::Gzip => "gzip",
             Compression::Zstd => "zstd",
+        }
+    }
+
+    /// Tells by the first four bytes, as every runtime does: media types in the wild are wrong too often.
+    pub fn sniff(magic: &[u8]) -> Compression {
+        match magic {
+            [0x1f, 0x8b, ..] => Compression::Gzip,
+            // A frame, or a skippable one before it (RFC 8878, section 3.1).
+            [0x28, 0xb5, 0x2f, 0xfd] | [0x50..=0x5f, 0x2a, 0x4d, 0x18] => Compression::Zstd,
+            _ => Compression::Plain,
         }
     }
 
@@ -66,8 +76,10 @@ pub struct Unpacking {
 /// What became of a layer.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unpacked {
-    /// Digest of the uncompressed archive, `sha256:…`.
+    /// Digest of the uncompressed archive, by the algorithm that was asked for.
     pub diff_id: String,
+    /// Whether the layer says how the root itself looks.
+    pub root: bool,
     /// Bytes allocated on the file system.
     pub bytes: u64,
     /// Files, directories and everything else.
@@ -120,14 +132,21 @@ impl Unpacker {
         Unpacker { argv }
     }
 
-    /// A child that unpacks into `directory`, which exists and is empty. It is killed when the value is dropped.
-    pub fn start(&self, directory: &Path, compression: Compression) -> Result<Unpacking, Error> {
+    /// A child that unpacks into `directory`, which exists and is empty, and hashes the archive with `algorithm`,
+    /// `sha256` or `sha512`. It is killed when the value is dropped.
+    pub fn start(
+        &self,
+        directory: &Path,
+        compression: Compression,
+        algorithm: &str,
+    ) -> Result<Unpacking, Error> {
         let Some((program, arguments)) = self.argv.split_first() else {
             return Err(Error::Start(io::ErrorKind::InvalidInput.into()));
         };
         let mut child = Command::new(program)
             .args(arguments)
             .arg(compression.name())
+            .arg(algorithm)
             .arg(directory)
             .env_clear()
             .stdin(Stdio::piped())

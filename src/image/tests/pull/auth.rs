@@ -1,0 +1,2 @@
+facts![];
+use crate::facts;
