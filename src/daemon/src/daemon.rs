@@ -18,6 +18,7 @@ use crate::{
     lock::Lock,
     pods::{Place, Pod, network::Attachments},
     shim::Program,
+    stats::Sampler,
     store::Store,
     table::{Found, Table},
 };
@@ -36,6 +37,7 @@ pub struct Daemon {
     pub pods: Table<Pod>,
     pub containers: Table<Container>,
     pub events: Events,
+    pub sampler: Sampler,
     /// Calls that make something, by the name of what they make.
     pub calls: Calls,
     pub images: Arc<Images>,
@@ -72,6 +74,7 @@ impl Daemon {
             pods: Table::default(),
             containers: Table::default(),
             events: Events::default(),
+            sampler: Sampler::default(),
             calls: Calls::default(),
         }
     }

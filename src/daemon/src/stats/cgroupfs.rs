@@ -1,0 +1,483 @@
+//! Reads what a cgroup used, from the control groups' files alone: v2, v1, or v1 with pressure from a v2 tree
+//! beside it. Knows no pods; a file that is not there is a figure that the kernel does not give.
+//! Sources: kernel documentation, admin-guide/cgroup-v2.rst and admin-guide/cgroup-v1.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// Where the hierarchies are mounted. Found once: they do not move while a node is up.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Hierarchies {
+    /// The v2 tree, with or without controllers.
+    unified: Option<PathBuf>,
+    /// Mount point of each v1 controller.
+    v1: BTreeMap<String, PathBuf>,
+}
+
+/// What a cgroup and everything below it used. Bytes and nanoseconds.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Usage {
+    pub cpu: Cpu,
+    pub memory: Memory,
+    /// Absent when the kernel gives no pressure figures.
+    pub pressure: Pressure,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Cpu {
+    pub total: u64,
+    pub user: u64,
+    pub system: u64,
+    pub periods: u64,
+    pub throttled_periods: u64,
+    pub throttled: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Memory {
+    pub usage: u64,
+    pub max_usage: u64,
+    /// None when there is no limit.
+    pub limit: Option<u64>,
+    /// Pages that could be dropped at once; usage less these is the working set.
+    pub inactive_file: u64,
+    pub rss: u64,
+    pub cache: u64,
+    pub mapped_file: u64,
+    pub kernel: u64,
+    pub page_faults: u64,
+    pub major_page_faults: u64,
+    pub swap: u64,
+    pub swap_limit: Option<u64>,
+    pub failures: u64,
+    pub oom_kills: u64,
+}
+
+/// The three pressure files.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Pressure {
+    pub cpu: Option<Stall>,
+    pub memory: Option<Stall>,
+    pub io: Option<Stall>,
+}
+
+/// One pressure file: `some` (a task waited) and `full` (all did).
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Stall {
+    pub some: Share,
+    pub full: Share,
+}
+
+/// Averages in percent, total in microseconds as the kernel writes it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Share {
+    pub avg10: f64,
+    pub avg60: f64,
+    pub avg300: f64,
+    pub total: u64,
+}
+
+/// Reads and writes of one block device.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Device {
+    /// `major:minor`.
+    pub number: String,
+    pub read_bytes: u64,
+    pub write_bytes: u64,
+    pub reads: u64,
+    pub writes: u64,
+}
+
+/// Huge pages of one size.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Huge {
+    /// As the kernel names it, `2MB`.
+    pub size: String,
+    pub usage: u64,
+    /// v1 alone keeps it.
+    pub max_usage: Option<u64>,
+}
+
+/// Figures that only the metrics want.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Extra {
+    pub devices: Vec<Device>,
+    pub huge: Vec<Huge>,
+    pub processes: u64,
+    pub threads_max: Option<u64>,
+}
+
+/// The kernel writes "no limit" on v1 as the largest page multiple; anything near it means the same.
+const V1_UNLIMITED: u64 = 1 << 62;
+
+/// A cgroup with more processes than this is counted, but not looked into.
+pub const MOST_PROCESSES: usize = 4096;
+
+impl Hierarchies {
+    /// From the mount table of this process.
+    pub fn detect() -> Hierarchies {
+        Hierarchies::parse(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
+    }
+
+    /// proc(5), /proc/pid/mountinfo: field 5 is the mount point; behind the dash: type, source, super options.
+    fn parse(mountinfo: &str) -> Hierarchies {
+        let mut found = Hierarchies::default();
+        for line in mountinfo.lines() {
+            let Some((mount, file_system)) = line.split_once(" - ") else { continue };
+            let Some(point) = mount.split(' ').nth(4).map(PathBuf::from) else { continue };
+            let mut fields = file_system.split(' ');
+            match (fields.next(), fields.nth(1)) {
+                (Some("cgroup2"), _) if found.unified.is_none() => found.unified = Some(point),
+                (Some("cgroup"), Some(options)) => {
+                    for controller in options.split(',').filter(|o| !matches!(*o, "rw" | "ro")) {
+                        found.v1.entry(controller.into()).or_insert_with(|| point.clone());
+                    }
+                }
+                _ => {}
+            }
+        }
+        found
+    }
+
+    /// Controllers are on the v2 tree.
+    pub fn v2(&self) -> bool {
+        !self.v1.contains_key("memory") && self.unified.is_some()
+    }
+
+    /// Usage of the cgroup at `path`, relative to the roots. A cgroup that is gone used nothing.
+    pub fn usage(&self, path: &str) -> Usage {
+        match self.v2() {
+            true => self.unified.as_ref().map(|root| usage_v2(&below(root, path))).unwrap_or_default(),
+            false => self.usage_v1(path),
+        }
+    }
+
+    /// The figures that only metrics want.
+    pub fn extra(&self, path: &str) -> Extra {
+        if self.v2() {
+            let at = self.unified.as_ref().map(|root| below(root, path)).unwrap_or_default();
+            return Extra {
+                devices: io_stat(&text(&at, "io.stat")),
+                huge: huge_v2(&at),
+                processes: self.pids(path).len() as u64,
+                threads_max: limit(&at, "pids.max"),
+            };
+        }
+        let blkio = self.at("blkio", path);
+        let file = |name: &str| blkio.as_ref().map(|at| text(at, name)).unwrap_or_default();
+        Extra {
+            devices: blkio_v1(&file("blkio.throttle.io_service_bytes"), &file("blkio.throttle.io_serviced")),
+            huge: self.at("hugetlb", path).map(|at| huge_v1(&at)).unwrap_or_default(),
+            processes: self.pids(path).len() as u64,
+            threads_max: self.at("pids", path).and_then(|at| limit(&at, "pids.max")),
+        }
+    }
+
+    /// Processes of the cgroup itself and those one level below, at most [`MOST_PROCESSES`].
+    pub fn pids(&self, path: &str) -> Vec<u32> {
+        let at = match self.v2() {
+            true => self.unified.as_ref().map(|root| below(root, path)),
+            false => {
+                self.at("pids", path).or_else(|| self.at("memory", path)).or_else(|| self.at("cpu", path))
+            }
+        };
+        let Some(at) = at else { return Vec::new() };
+        let children = fs::read_dir(&at).into_iter().flatten().flatten();
+        let children = children.filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).map(|e| e.path());
+        let mut pids = Vec::new();
+        for directory in std::iter::once(at.clone()).chain(children.take(MOST_PROCESSES)) {
+            pids.extend(text(&directory, "cgroup.procs").lines().filter_map(|pid| pid.parse::<u32>().ok()));
+            if pids.len() >= MOST_PROCESSES {
+                break;
+            }
+        }
+        pids.truncate(MOST_PROCESSES);
+        pids
+    }
+
+    fn at(&self, controller: &str, path: &str) -> Option<PathBuf> {
+        self.v1.get(controller).map(|root| below(root, path))
+    }
+
+    fn usage_v1(&self, path: &str) -> Usage {
+        let mut usage = Usage::default();
+        if let Some(at) = self.at("cpuacct", path) {
+            usage.cpu.total = number(&at, "cpuacct.usage");
+            usage.cpu.user = number(&at, "cpuacct.usage_user");
+            usage.cpu.system = number(&at, "cpuacct.usage_sys");
+        }
+        if let Some(at) = self.at("cpu", path) {
+            let stat = pairs(&text(&at, "cpu.stat"));
+            usage.cpu.periods = get(&stat, "nr_periods");
+            usage.cpu.throttled_periods = get(&stat, "nr_throttled");
+            usage.cpu.throttled = get(&stat, "throttled_time");
+        }
+        if let Some(at) = self.at("memory", path) {
+            usage.memory = memory_v1(&at);
+        }
+        if let Some(root) = &self.unified {
+            usage.pressure = pressure(&below(root, path));
+        }
+        usage
+    }
+}
+
+fn memory_v1(at: &Path) -> Memory {
+    let stat = pairs(&text(at, "memory.stat"));
+    let usage = number(at, "memory.usage_in_bytes");
+    let memory =
+        Some(get(&stat, "hierarchical_memory_limit")).filter(|limit| (1..V1_UNLIMITED).contains(limit));
+    let both = limit(at, "memory.memsw.limit_in_bytes").filter(|limit| *limit < V1_UNLIMITED);
+    Memory {
+        usage,
+        max_usage: number(at, "memory.max_usage_in_bytes"),
+        limit: memory,
+        inactive_file: get(&stat, "total_inactive_file"),
+        rss: get(&stat, "total_rss"),
+        cache: get(&stat, "total_cache"),
+        mapped_file: get(&stat, "total_mapped_file"),
+        kernel: number(at, "memory.kmem.usage_in_bytes"),
+        page_faults: get(&stat, "total_pgfault"),
+        major_page_faults: get(&stat, "total_pgmajfault"),
+        swap: get(&stat, "total_swap"),
+        // v1 limits memory and swap together.
+        swap_limit: both.zip(memory).map(|(both, memory)| both.saturating_sub(memory)),
+        failures: number(at, "memory.failcnt"),
+        oom_kills: get(&pairs(&text(at, "memory.oom_control")), "oom_kill"),
+    }
+}
+
+fn usage_v2(at: &Path) -> Usage {
+    let cpu = pairs(&text(at, "cpu.stat"));
+    let stat = pairs(&text(at, "memory.stat"));
+    let events = pairs(&text(at, "memory.events"));
+    let nanoseconds = |name: &str| get(&cpu, name).saturating_mul(1000);
+    Usage {
+        cpu: Cpu {
+            total: nanoseconds("usage_usec"),
+            user: nanoseconds("user_usec"),
+            system: nanoseconds("system_usec"),
+            periods: get(&cpu, "nr_periods"),
+            throttled_periods: get(&cpu, "nr_throttled"),
+            throttled: nanoseconds("throttled_usec"),
+        },
+        memory: Memory {
+            usage: number(at, "memory.current"),
+            max_usage: number(at, "memory.peak"),
+            limit: limit(at, "memory.max"),
+            inactive_file: get(&stat, "inactive_file"),
+            rss: get(&stat, "anon"),
+            cache: get(&stat, "file"),
+            mapped_file: get(&stat, "file_mapped"),
+            kernel: get(&stat, "kernel"),
+            page_faults: get(&stat, "pgfault"),
+            major_page_faults: get(&stat, "pgmajfault"),
+            swap: number(at, "memory.swap.current"),
+            swap_limit: limit(at, "memory.swap.max"),
+            failures: get(&events, "max"),
+            oom_kills: get(&events, "oom_kill"),
+        },
+        pressure: pressure(at),
+    }
+}
+
+fn pressure(at: &Path) -> Pressure {
+    let read = |name| fs::read_to_string(at.join(name)).ok().map(|text| stall(&text));
+    Pressure { cpu: read("cpu.pressure"), memory: read("memory.pressure"), io: read("io.pressure") }
+}
+
+/// `some avg10=0.00 avg60=0.00 avg300=0.00 total=0`, and the same for `full`.
+fn stall(text: &str) -> Stall {
+    let mut stall = Stall::default();
+    for line in text.lines() {
+        let mut words = line.split(' ');
+        let share = match words.next() {
+            Some("some") => &mut stall.some,
+            Some("full") => &mut stall.full,
+            _ => continue,
+        };
+        for (name, value) in words.filter_map(|word| word.split_once('=')) {
+            match name {
+                "avg10" => share.avg10 = value.parse().unwrap_or_default(),
+                "avg60" => share.avg60 = value.parse().unwrap_or_default(),
+                "avg300" => share.avg300 = value.parse().unwrap_or_default(),
+                "total" => share.total = value.parse().unwrap_or_default(),
+                _ => {}
+            }
+        }
+    }
+    stall
+}
+
+/// `8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0`
+fn io_stat(text: &str) -> Vec<Device> {
+    let device = |line: &str| {
+        let mut words = line.split(' ');
+        let mut device = Device { number: words.next()?.into(), ..Device::default() };
+        for (name, value) in words.filter_map(|word| word.split_once('=')) {
+            let value = value.parse().unwrap_or_default();
+            match name {
+                "rbytes" => device.read_bytes = value,
+                "wbytes" => device.write_bytes = value,
+                "rios" => device.reads = value,
+                "wios" => device.writes = value,
+                _ => {}
+            }
+        }
+        Some(device)
+    };
+    text.lines().filter_map(device).collect()
+}
+
+/// Two files of lines like `8:0 Read 4096`.
+fn blkio_v1(bytes: &str, operations: &str) -> Vec<Device> {
+    let mut devices: BTreeMap<&str, Device> = BTreeMap::new();
+    let lines = bytes.lines().map(|line| (true, line)).chain(operations.lines().map(|line| (false, line)));
+    for (is_bytes, line) in lines {
+        let mut words = line.split(' ');
+        let (Some(number), Some(kind), Some(value)) = (words.next(), words.next(), words.next()) else {
+            continue;
+        };
+        let value = value.parse().unwrap_or_default();
+        let device =
+            devices.entry(number).or_insert_with(|| Device { number: number.into(), ..Device::default() });
+        match (is_bytes, kind) {
+            (true, "Read") => device.read_bytes = value,
+            (true, "Write") => device.write_bytes = value,
+            (false, "Read") => device.reads = value,
+            (false, "Write") => device.writes = value,
+            _ => {}
+        }
+    }
+    devices.into_values().collect()
+}
+
+fn huge_v2(at: &Path) -> Vec<Huge> {
+    let huge =
+        |size: String| Huge { usage: number(at, &format!("hugetlb.{size}.current")), max_usage: None, size };
+    sizes(at, ".current").map(huge).collect()
+}
+
+fn huge_v1(at: &Path) -> Vec<Huge> {
+    let huge = |size: String| Huge {
+        usage: number(at, &format!("hugetlb.{size}.usage_in_bytes")),
+        max_usage: Some(number(at, &format!("hugetlb.{size}.max_usage_in_bytes"))),
+        size,
+    };
+    sizes(at, ".usage_in_bytes").map(huge).collect()
+}
+
+/// Page sizes for which there are files `hugetlb.<size><suffix>`.
+fn sizes(at: &Path, suffix: &str) -> impl Iterator<Item = String> {
+    let names =
+        fs::read_dir(at).into_iter().flatten().flatten().filter_map(|e| e.file_name().into_string().ok());
+    names.filter_map(move |name| {
+        let size = name.strip_prefix("hugetlb.")?.strip_suffix(suffix)?;
+        (!size.contains('.')).then(|| size.to_owned())
+    })
+}
+
+/// `path` below a hierarchy's root; a leading slash does not leave it.
+fn below(root: &Path, path: &str) -> PathBuf {
+    root.join(path.trim_start_matches('/'))
+}
+
+fn text(at: &Path, name: &str) -> String {
+    fs::read_to_string(at.join(name)).unwrap_or_default()
+}
+
+fn number(at: &Path, name: &str) -> u64 {
+    text(at, name).trim().parse().unwrap_or_default()
+}
+
+/// A limit; `max` and an absent file are none.
+fn limit(at: &Path, name: &str) -> Option<u64> {
+    text(at, name).trim().parse().ok()
+}
+
+fn pairs(text: &str) -> BTreeMap<String, u64> {
+    text.lines()
+        .filter_map(|line| line.split_once(' '))
+        .filter_map(|(k, v)| Some((k.to_owned(), v.trim().parse().ok()?)))
+        .collect()
+}
+
+fn get(pairs: &BTreeMap<String, u64>, name: &str) -> u64 {
+    pairs.get(name).copied().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HYBRID: &str = "\
+30 25 0:26 / /sys/fs/cgroup ro,nosuid - tmpfs tmpfs ro,mode=755
+31 30 0:27 / /sys/fs/cgroup/unified rw,nosuid - cgroup2 cgroup2 rw
+33 30 0:29 / /sys/fs/cgroup/cpu,cpuacct rw,nosuid - cgroup cgroup rw,cpu,cpuacct
+34 30 0:30 / /sys/fs/cgroup/memory rw,nosuid - cgroup cgroup rw,memory
+35 30 0:31 / /sys/fs/cgroup/systemd rw,nosuid - cgroup cgroup rw,xattr,name=systemd";
+
+    #[test]
+    fn controllers_that_share_a_mount_are_found() {
+        let found = Hierarchies::parse(HYBRID);
+        assert!(!found.v2());
+        assert_eq!(found.at("cpuacct", "/a"), Some("/sys/fs/cgroup/cpu,cpuacct/a".into()));
+        assert_eq!(found.at("cpu", "a/b"), Some("/sys/fs/cgroup/cpu,cpuacct/a/b".into()));
+        assert_eq!(found.at("pids", "a"), None);
+        assert_eq!(found.unified, Some("/sys/fs/cgroup/unified".into()));
+    }
+
+    #[test]
+    fn a_lone_v2_tree_holds_the_controllers() {
+        assert!(Hierarchies::parse("30 25 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate").v2());
+        assert!(!Hierarchies::parse("garbage\n\n1 2 - x").v2());
+    }
+
+    #[test]
+    fn pressure_is_read_line_by_line() {
+        let text = "some avg10=1.50 avg60=0.10 avg300=0.00 total=123\nfull avg10=0.25 avg60=0.00 avg300=0.00 total=45\n";
+        let got = stall(text);
+        assert_eq!((got.some.avg10, got.some.total, got.full.avg10, got.full.total), (1.5, 123, 0.25, 45));
+        assert_eq!(stall("rubbish"), Stall::default());
+    }
+
+    #[test]
+    fn devices_of_both_versions_read_alike() {
+        let want = Device { number: "8:0".into(), read_bytes: 1, write_bytes: 2, reads: 3, writes: 4 };
+        assert_eq!(io_stat("8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\n"), [want.clone()]);
+        let bytes = "8:0 Read 1\n8:0 Write 2\n8:0 Total 3\nTotal 3\n";
+        assert_eq!(blkio_v1(bytes, "8:0 Read 3\n8:0 Write 4\n"), [want]);
+    }
+
+    #[test]
+    fn a_v2_group_is_read_from_its_files() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in [
+            ("cpu.stat", "usage_usec 7\nuser_usec 5\nsystem_usec 2\nnr_periods 1\n"),
+            ("memory.current", "1000\n"),
+            ("memory.max", "max\n"),
+            ("memory.stat", "anon 10\nfile 20\ninactive_file 300\npgfault 4\n"),
+            ("memory.events", "max 3\noom_kill 1\n"),
+            ("memory.swap.max", "500\n"),
+        ] {
+            fs::write(dir.path().join(name), text).unwrap();
+        }
+        let usage = usage_v2(dir.path());
+        assert_eq!((usage.cpu.total, usage.cpu.user), (7000, 5000));
+        assert_eq!((usage.memory.usage, usage.memory.limit, usage.memory.inactive_file), (1000, None, 300));
+        assert_eq!((usage.memory.swap_limit, usage.memory.oom_kills), (Some(500), 1));
+        assert_eq!(usage.pressure, Pressure::default());
+    }
+
+    #[test]
+    fn a_group_that_is_gone_used_nothing() {
+        let nowhere = Hierarchies::detect().usage("/no-such-group-of-ours");
+        assert_eq!(
+            (nowhere.cpu, nowhere.memory),
+            (Cpu::default(), Memory { swap_limit: None, ..Memory::default() })
+        );
+    }
+}
