@@ -21,7 +21,7 @@ fn run(program: &[sock_filter], call: &Call) -> u32 {
         ARCHITECTURE => call.arch.token(),
         16..64 => {
             let argument = call.arguments[(offset as usize - 16) / 8];
-            if offset % 8 == 0 { argument as u32 } else { (argument >> 32) as u32 }
+            if offset.is_multiple_of(8) { argument as u32 } else { (argument >> 32) as u32 }
         }
         _ => panic!("load of {offset}"),
     };
@@ -50,12 +50,15 @@ fn run(program: &[sock_filter], call: &Call) -> u32 {
     }
 }
 
+/// The numbers of one entry, and the calls that it is behind.
+type Numbers = (HashSet<u32>, HashSet<(u32, u32)>);
+
 /// A profile, with its names looked up once.
 struct Plain<'a> {
     profile: &'a spec::Seccomp,
     native: Arch,
     /// For each architecture and entry: its numbers, and what it says of calls behind another.
-    named: Vec<(Arch, Vec<(HashSet<u32>, HashSet<(u32, u32)>)>)>,
+    named: Vec<(Arch, Vec<Numbers>)>,
 }
 
 impl<'a> Plain<'a> {
@@ -76,7 +79,7 @@ impl<'a> Plain<'a> {
         if x32 { Arch::X32 } else { call.arch }
     }
 
-    fn named(&self, arch: Arch) -> &[(HashSet<u32>, HashSet<(u32, u32)>)] {
+    fn named(&self, arch: Arch) -> &[Numbers] {
         &self.named.iter().find(|(a, _)| *a == arch).unwrap().1
     }
 
