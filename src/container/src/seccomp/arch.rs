@@ -181,64 +181,49 @@ fn arm(name: &Name) -> Option<u32> {
 /// x32 shares most numbers with x86_64; those whose arguments are laid out differently have their own from 512 on, and
 /// a few are not there at all. See arch/x86/entry/syscalls/syscall_64.tbl.
 fn x32(name: &Name) -> Option<u32> {
-    const OWN: [(&str, u32); 36] = [
-        ("rt_sigaction", 512),
-        ("rt_sigreturn", 513),
-        ("ioctl", 514),
-        ("readv", 515),
-        ("writev", 516),
-        ("recvfrom", 517),
-        ("sendmsg", 518),
-        ("recvmsg", 519),
-        ("execve", 520),
-        ("ptrace", 521),
-        ("rt_sigpending", 522),
-        ("rt_sigtimedwait", 523),
-        ("rt_sigqueueinfo", 524),
-        ("sigaltstack", 525),
-        ("timer_create", 526),
-        ("mq_notify", 527),
-        ("kexec_load", 528),
-        ("waitid", 529),
-        ("set_robust_list", 530),
-        ("get_robust_list", 531),
-        ("vmsplice", 532),
-        ("move_pages", 533),
-        ("preadv", 534),
-        ("pwritev", 535),
-        ("rt_tgsigqueueinfo", 536),
-        ("recvmmsg", 537),
-        ("sendmmsg", 538),
-        ("process_vm_readv", 539),
-        ("process_vm_writev", 540),
-        ("setsockopt", 541),
-        ("getsockopt", 542),
-        ("io_setup", 543),
-        ("io_submit", 544),
-        ("execveat", 545),
-        ("preadv2", 546),
-        ("pwritev2", 547),
-    ];
-    const ABSENT: [&str; 14] = [
-        "uselib",
-        "_sysctl",
-        "create_module",
-        "get_kernel_syms",
-        "query_module",
-        "nfsservctl",
-        "set_thread_area",
-        "get_thread_area",
-        "epoll_ctl_old",
-        "epoll_wait_old",
-        "vserver",
-        "uretprobe",
-        "uprobe",
-        "map_shadow_stack",
-    ];
-    if let Some((_, number)) = OWN.iter().find(|(own, _)| *own == name.text) {
-        return Some(number | X32_BIT);
-    }
-    x86_64(name).filter(|_| !ABSENT.contains(&name.text)).map(|number| number | X32_BIT)
+    let own = match x86_64(name)? {
+        13 => 512,  // rt_sigaction
+        15 => 513,  // rt_sigreturn
+        16 => 514,  // ioctl
+        19 => 515,  // readv
+        20 => 516,  // writev
+        45 => 517,  // recvfrom
+        46 => 518,  // sendmsg
+        47 => 519,  // recvmsg
+        59 => 520,  // execve
+        101 => 521, // ptrace
+        127 => 522, // rt_sigpending
+        128 => 523, // rt_sigtimedwait
+        129 => 524, // rt_sigqueueinfo
+        131 => 525, // sigaltstack
+        222 => 526, // timer_create
+        244 => 527, // mq_notify
+        246 => 528, // kexec_load
+        247 => 529, // waitid
+        273 => 530, // set_robust_list
+        274 => 531, // get_robust_list
+        278 => 532, // vmsplice
+        279 => 533, // move_pages
+        295 => 534, // preadv
+        296 => 535, // pwritev
+        297 => 536, // rt_tgsigqueueinfo
+        299 => 537, // recvmmsg
+        307 => 538, // sendmmsg
+        310 => 539, // process_vm_readv
+        311 => 540, // process_vm_writev
+        54 => 541,  // setsockopt
+        55 => 542,  // getsockopt
+        206 => 543, // io_setup
+        209 => 544, // io_submit
+        322 => 545, // execveat
+        327 => 546, // preadv2
+        328 => 547, // pwritev2
+        // uselib, _sysctl, create_module, get_kernel_syms, query_module, nfsservctl, set_thread_area,
+        // get_thread_area, epoll_ctl_old, epoll_wait_old, vserver, uretprobe, uprobe, map_shadow_stack
+        134 | 156 | 174 | 177 | 178 | 180 | 205 | 211 | 214 | 215 | 236 | 335 | 336 | 453 => return None,
+        shared => shared,
+    };
+    Some(own | X32_BIT)
 }
 
 /// On x86 the socket and System V IPC calls can also be made through one call whose first argument says which: the

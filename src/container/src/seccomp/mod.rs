@@ -146,6 +146,14 @@ struct Rule {
     action: u32,
 }
 
+/// An entry of a profile, ready to be looked up.
+struct Entry<'a> {
+    names: Vec<Name<'a>>,
+    rules: Vec<Rule>,
+    /// The same for calls that x86 can make through another: the number of that one, and the rule.
+    behind: Vec<(u32, Rule)>,
+}
+
 /// What happens to one system call: rules in order, then an action.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Treatment {
@@ -156,7 +164,7 @@ struct Treatment {
 fn compile_for(native: Arch, profile: &spec::Seccomp) -> Result<Vec<sock_filter>, Error> {
     let default = action(&profile.default_action, profile.default_errno_ret)?;
     let entries =
-        profile.syscalls.iter().map(|entry| rules(entry, default)).collect::<Result<Vec<_>, _>>()?;
+        profile.syscalls.iter().map(|entry| Entry::new(entry, default)).collect::<Result<Vec<_>, _>>()?;
     let mut arches = vec![native];
     for name in &profile.architectures {
         match Arch::parse(name) {
@@ -178,11 +186,11 @@ fn compile_for(native: Arch, profile: &spec::Seccomp) -> Result<Vec<sock_filter>
         if arch == Arch::X32 {
             continue;
         }
-        let mut ranges = treatments(arch, profile, &entries, default, unknown);
+        let mut ranges = treatments(arch, &entries, default, unknown);
         if arch == Arch::X86_64 {
             ranges.retain(|(from, _)| *from < X32_BIT);
             if arches.contains(&Arch::X32) {
-                ranges.extend(treatments(Arch::X32, profile, &entries, default, unknown));
+                ranges.extend(treatments(Arch::X32, &entries, default, unknown));
             } else {
                 ranges.push((X32_BIT, Treatment { rules: Vec::new(), otherwise: KILL_PROCESS }));
             }
@@ -204,34 +212,27 @@ fn compile_for(native: Arch, profile: &spec::Seccomp) -> Result<Vec<sock_filter>
 }
 
 /// Cuts all numbers of an architecture into ranges of equal treatment, each given by its first number.
-fn treatments(
-    arch: Arch,
-    profile: &spec::Seccomp,
-    entries: &[Vec<Rule>],
-    default: u32,
-    unknown: u32,
-) -> Vec<(u32, Treatment)> {
+fn treatments(arch: Arch, entries: &[Entry], default: u32, unknown: u32) -> Vec<(u32, Treatment)> {
     let base = if arch == Arch::X32 { X32_BIT } else { 0 };
     let mut last = None;
     // (number, position of the rule, rule): sorted, each call's rules stand together in their order.
-    let mut named: Vec<(u32, usize, Option<Rule>, &Rule)> = Vec::new();
+    let mut named: Vec<(u32, u32, &Rule)> = Vec::with_capacity(512);
     let mut position = 0;
-    for (entry, rules) in profile.syscalls.iter().zip(entries) {
-        for name in &entry.names {
-            let number = arch.number(&Name::new(name));
-            // Also a call whose rule changes nothing was known to the author of the profile.
-            last = last.max(number.filter(|&n| n < base + 0x1_0000));
-            let behind = if arch == Arch::X86 { arch::behind(name) } else { None };
-            for rule in rules {
-                position += 1;
-                named.extend(number.map(|number| (number, position, None, rule)));
-                if let Some((number, value)) = behind {
-                    named.extend(hidden(rule, value).map(|hidden| (number, position, Some(hidden), rule)));
-                }
-            }
+    for entry in entries {
+        let numbers = entry.names.iter().filter_map(|name| arch.number(name));
+        for number in numbers {
+            // Also a call whose rules change nothing was known to the author of the profile.
+            last = if number < base + 0x1_0000 { last.max(Some(number)) } else { last };
+            named.extend(entry.rules.iter().map(|rule| (number, position, rule)));
+            position += 1;
+        }
+        if arch == Arch::X86 {
+            named.extend(entry.behind.iter().map(|(number, rule)| (*number, position, rule)));
+            position += 1;
         }
     }
-    named.sort_unstable_by_key(|(number, position, ..)| (*number, *position));
+    // Stable: rules of one entry have one position and are in order already.
+    named.sort_by_key(|(number, position, _)| (*number, *position));
 
     let refused = Treatment { rules: Vec::new(), otherwise: default };
     let mut ranges = vec![(base, refused.clone())];
@@ -243,14 +244,13 @@ fn treatments(
     for call in named.chunk_by(|a, b| a.0 == b.0) {
         let number = call[0].0;
         let mut treatment = refused.clone();
-        for (_, _, hidden, rule) in call {
-            let rule = hidden.as_ref().unwrap_or(rule);
+        for (.., rule) in call {
             if rule.conditions.is_empty() {
                 treatment.otherwise = rule.action;
                 break;
             }
-            if !treatment.rules.contains(rule) {
-                treatment.rules.push(rule.clone());
+            if !treatment.rules.contains(*rule) {
+                treatment.rules.push((*rule).clone());
             }
         }
         add(number, &treatment);
@@ -367,6 +367,19 @@ fn equal(code: &mut Code, narrow: bool, low: u32, mask: u64, value: u64, yes: Ta
     #[allow(clippy::cast_possible_truncation)] // the point of it
     let lower = half(low, mask as u32, value as u32, yes);
     if narrow { lower } else { half(low + 4, (mask >> 32) as u32, (value >> 32) as u32, lower) }
+}
+
+impl Entry<'_> {
+    fn new(entry: &spec::SeccompSyscall, default: u32) -> Result<Entry<'_>, Error> {
+        let rules = rules(entry, default)?;
+        let through = entry.names.iter().filter_map(|name| arch::behind(name));
+        let behind = through
+            .flat_map(|(number, value)| {
+                rules.iter().filter_map(move |rule| Some((number, hidden(rule, value)?)))
+            })
+            .collect();
+        Ok(Entry { names: entry.names.iter().map(|name| Name::new(name)).collect(), rules, behind })
+    }
 }
 
 /// The rules of one entry. None when it says what would happen anyway.

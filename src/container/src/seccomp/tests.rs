@@ -567,18 +567,20 @@ fn the_kernel_takes_the_usual_profile() {
     assert!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0, "{status:#x}");
 }
 
-/// Printed for people; the assertion only catches a slip of an order of magnitude.
+/// The best of many is printed for people; the assertion only catches a slip of an order of magnitude.
 #[test]
 fn compiling_takes_microseconds() {
     let profile = usual();
-    let begun = std::time::Instant::now();
-    const ROUNDS: u32 = 100;
-    for _ in 0..ROUNDS {
-        compile(&profile).unwrap();
-    }
-    let each = begun.elapsed() / ROUNDS;
-    println!("{each:?} for {} instructions", compile(&profile).unwrap().filters.len());
-    assert!(each < std::time::Duration::from_millis(20), "{each:?}");
+    let best = (0..200)
+        .map(|_| {
+            let begun = std::time::Instant::now();
+            compile(&profile).unwrap();
+            begun.elapsed()
+        })
+        .min()
+        .unwrap();
+    println!("{best:?} for {} instructions", compile(&profile).unwrap().filters.len());
+    assert!(best < std::time::Duration::from_millis(20), "{best:?}");
 }
 
 /// The same profiles through libseccomp (LGPL, hence for development only).
