@@ -308,8 +308,8 @@ impl Container {
         let (stdout, stderr) = (log.pipe(Stream::Stdout)?, log.pipe(Stream::Stderr)?);
         let stdin = match options.stdin {
             true => {
-                let (theirs, other) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
-                    .act("make a pipe for stdin")?;
+                let (theirs, other) =
+                    rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).act("make a pipe for stdin")?;
                 stream::nonblocking(&other).act("make a pipe for stdin")?;
                 ours.stdin = Some(other);
                 Some(theirs)
@@ -739,12 +739,8 @@ pub(crate) fn send(pidfd: BorrowedFd<'_>, signal: u32, id: &str) -> Result<(), E
 pub(crate) fn resize(pty: Option<&OwnedFd>, width: u32, height: u32) -> Result<(), Error> {
     let pty = pty.ok_or_else(|| Error::Invalid("the process has no terminal".into()))?;
     let cells = |count: u32| u16::try_from(count).unwrap_or(u16::MAX);
-    let size = rustix::termios::Winsize {
-        ws_row: cells(height),
-        ws_col: cells(width),
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    };
+    let size =
+        rustix::termios::Winsize { ws_row: cells(height), ws_col: cells(width), ws_xpixel: 0, ws_ypixel: 0 };
     rustix::termios::tcsetwinsize(pty, size).act("resize the terminal")
 }
 

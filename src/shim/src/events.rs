@@ -121,10 +121,9 @@ fn envelope(event: Event) -> (&'static str, Any) {
                 },
             ),
         ),
-        Event::Oom { id: container_id } => (
-            topics::TASK_OOM_EVENT_TOPIC,
-            any("TaskOOM", &TaskOOM { container_id, ..TaskOOM::default() }),
-        ),
+        Event::Oom { id: container_id } => {
+            (topics::TASK_OOM_EVENT_TOPIC, any("TaskOOM", &TaskOOM { container_id, ..TaskOOM::default() }))
+        }
         Event::Paused { id: container_id } => (
             topics::TASK_PAUSED_EVENT_TOPIC,
             any("TaskPaused", &TaskPaused { container_id, ..TaskPaused::default() }),
@@ -167,8 +166,7 @@ async fn forward(address: String, mut events: mpsc::Receiver<Envelope>) {
     };
     let mut client = None;
     while let Some(envelope) = events.recv().await {
-        let request =
-            ForwardRequest { envelope: MessageField::some(envelope), ..ForwardRequest::default() };
+        let request = ForwardRequest { envelope: MessageField::some(envelope), ..ForwardRequest::default() };
         let mut pause = Duration::from_millis(100);
         for left in (0..TRIES).rev() {
             match deliver(&mut client, &address, &request).await {

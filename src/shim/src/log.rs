@@ -169,12 +169,9 @@ impl Streams {
 
 fn open(place: &Place) -> Result<File, Error> {
     let whole = place.directory.join(&place.path);
-    let directory = rustix::fs::open(
-        &place.directory,
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
-    .map_err(|cause| Error::Directory { path: place.directory.clone(), cause })?;
+    let directory =
+        rustix::fs::open(&place.directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|cause| Error::Directory { path: place.directory.clone(), cause })?;
     let flags = OFlags::WRONLY
         | OFlags::APPEND
         | OFlags::CREATE
@@ -185,10 +182,8 @@ fn open(place: &Place) -> Result<File, Error> {
     let beneath = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     let mode = Mode::from_raw_mode(0o640);
     let cause = |cause| Error::Open { path: whole.clone(), cause };
-    let fd = rustix::io::retry_on_intr(|| {
-        rustix::fs::openat2(&directory, &place.path, flags, mode, beneath)
-    })
-    .map_err(cause)?;
+    let fd = rustix::io::retry_on_intr(|| rustix::fs::openat2(&directory, &place.path, flags, mode, beneath))
+        .map_err(cause)?;
     let stat = rustix::fs::fstat(&fd).map_err(cause)?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile || stat.st_nlink != 1 {
         return Err(Error::NotPlain { path: whole });
@@ -502,9 +497,10 @@ impl Sink {
     /// Cuts the beginning of a record off the end of the file again.
     fn take_back(&mut self, count: usize) -> bool {
         count == 0
-            || self.file.metadata().is_ok_and(|found| {
-                self.file.set_len(found.len().saturating_sub(count as u64)).is_ok()
-            })
+            || self
+                .file
+                .metadata()
+                .is_ok_and(|found| self.file.set_len(found.len().saturating_sub(count as u64)).is_ok())
     }
 }
 
@@ -723,7 +719,10 @@ mod tests {
         let written = fs::read_to_string(dir.path().join("0.log")).unwrap();
         let lines: Vec<_> = written.lines().collect();
         assert_eq!((lines[0], lines[2]), ("one", "four"));
-        assert!(lines[1].ends_with("[crisp: 13 bytes of this log were lost: No space left on device (os error 28)]"));
+        assert!(
+            lines[1]
+                .ends_with("[crisp: 13 bytes of this log were lost: No space left on device (os error 28)]")
+        );
         assert_eq!(sink.lost, 0);
     }
 }

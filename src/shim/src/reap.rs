@@ -137,14 +137,9 @@ impl Reaper {
 /// before the first child exists.
 pub(crate) fn signals() -> io::Result<OwnedFd> {
     let mut mask = SigSet::empty();
-    for signal in [
-        Signal::SIGCHLD,
-        Signal::SIGTERM,
-        Signal::SIGINT,
-        Signal::SIGHUP,
-        Signal::SIGQUIT,
-        Signal::SIGXFSZ,
-    ] {
+    for signal in
+        [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGXFSZ]
+    {
         mask.add(signal);
     }
     mask.thread_block()?;
@@ -173,11 +168,11 @@ mod tests {
 
     use super::*;
 
-    fn me() -> std::os::fd::OwnedFd {
+    fn me() -> OwnedFd {
         pidfd_open(rustix::process::getpid(), PidfdFlags::empty()).unwrap()
     }
 
-    fn gone() -> (u32, std::os::fd::OwnedFd) {
+    fn gone() -> (u32, OwnedFd) {
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let pid = Pid::from_child(&child);
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).unwrap();

@@ -60,7 +60,8 @@ mod tests {
 
     #[test]
     fn a_command_name_cannot_forge_the_start_time() {
-        let stat = b"7 (a) R 1 2) S 1 7 7 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 4711 0 0 18446744073709551615\n";
+        let stat =
+            b"7 (a) R 1 2) S 1 7 7 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 4711 0 0 18446744073709551615\n";
         assert_eq!(start_ticks(stat), Some(4711));
         assert_eq!(start_ticks(b"7 (a"), None);
         assert_eq!(start_ticks(b"7 (a) R 1 2"), None);

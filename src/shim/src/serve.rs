@@ -63,12 +63,7 @@ pub(crate) fn serve(place: Place, listener: OwnedFd) -> Result<(), Error> {
     })
 }
 
-async fn run(
-    place: Place,
-    dir: PathBuf,
-    listener: OwnedFd,
-    signals: AsyncFd<OwnedFd>,
-) -> Result<(), Error> {
+async fn run(place: Place, dir: PathBuf, listener: OwnedFd, signals: AsyncFd<OwnedFd>) -> Result<(), Error> {
     let reaper = Arc::new(Reaper::default());
     let events = Events::to(place.events, place.namespace);
     let pod = Arc::new(Pod::new(place.id, dir, place.foreign, reaper.clone(), events));
@@ -80,10 +75,10 @@ async fn run(
         record::write(&pod.dir, rundir::SHIM, &shim).act("record the shim")?;
     }
     tokio::spawn(async move { reaper.run(signals).await });
-    server.start().await.map_err(|cause| Error::Io {
-        act: "serve".into(),
-        cause: io::Error::other(cause.to_string()),
-    })?;
+    server
+        .start()
+        .await
+        .map_err(|cause| Error::Io { act: "serve".into(), cause: io::Error::other(cause.to_string()) })?;
     pod.shutdown.notified().await;
     // The reply to the call that ended us is among those that have to leave.
     let _ = time::timeout(LAST_REPLIES, server.shutdown()).await;

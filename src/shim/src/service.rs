@@ -8,11 +8,7 @@
 use std::{future::Future, path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use container::{
-    cgroup::Stats,
-    rootfs,
-    spec::LinuxResources,
-};
+use container::{cgroup::Stats, rootfs, spec::LinuxResources};
 use shim_api::{
     containerd::{
         api::{
@@ -41,7 +37,7 @@ use shim_api::{
         ReopenLogResponse, RunExecRequest, RunExecResponse, RunRequest, RunResponse,
     },
     shim_ttrpc,
-    ttrpc::{self, Code, get_status, r#async::TtrpcContext},
+    ttrpc::{self, Code, r#async::TtrpcContext, get_status},
 };
 use std::os::fd::{AsRawFd, BorrowedFd};
 use tokio::time;
@@ -189,11 +185,13 @@ impl shim_async::Task for Service {
         let (pod, deadline) = (self.pod().clone(), deadline(ctx));
         let container = self.container(&req.id)?;
         let pid = match req.exec_id.as_str() {
-            "" => detached(async move {
-                container.start(&pod, deadline).await?;
-                Ok(container.seen().pid)
-            })
-            .await?,
+            "" => {
+                detached(async move {
+                    container.start(&pod, deadline).await?;
+                    Ok(container.seen().pid)
+                })
+                .await?
+            }
             exec => {
                 let exec = container.exec(exec)?;
                 detached(async move { exec.start(&pod, &container, deadline).await }).await?
@@ -216,12 +214,8 @@ impl shim_async::Task for Service {
         check_id(&req.exec_id)?;
         let container = self.container(&req.id)?;
         let process = req.spec.into_option().map(|any| any.value).unwrap_or_default();
-        let streams = Streams {
-            terminal: req.terminal,
-            stdin: req.stdin,
-            stdout: req.stdout,
-            stderr: req.stderr,
-        };
+        let streams =
+            Streams { terminal: req.terminal, stdin: req.stdin, stdout: req.stdout, stderr: req.stderr };
         let exec = Arc::new(Exec::new(req.exec_id, process, streams));
         container.add_exec(&exec)?;
         let (id, exec) = (container.id.clone(), exec.id.clone());
@@ -474,11 +468,7 @@ impl sandbox_async::Sandbox for Service {
 
 #[async_trait]
 impl shim_ttrpc::Pod for Service {
-    async fn namespaces(
-        &self,
-        _: &TtrpcContext,
-        _: NamespacesRequest,
-    ) -> ttrpc::Result<NamespacesResponse> {
+    async fn namespaces(&self, _: &TtrpcContext, _: NamespacesRequest) -> ttrpc::Result<NamespacesResponse> {
         let shared = self.pod().shared();
         let number = |fd: Option<BorrowedFd<'_>>| fd.map_or(0, |fd| fd.as_raw_fd());
         Ok(NamespacesResponse {
@@ -528,8 +518,7 @@ impl shim_ttrpc::Pod for Service {
     async fn run_exec(&self, ctx: &TtrpcContext, req: RunExecRequest) -> ttrpc::Result<RunExecResponse> {
         check_id(&req.exec_id)?;
         let container = self.container(&req.container_id)?;
-        let streams =
-            Streams { terminal: false, stdin: req.stdin, stdout: req.stdout, stderr: req.stderr };
+        let streams = Streams { terminal: false, stdin: req.stdin, stdout: req.stdout, stderr: req.stderr };
         let exec = Arc::new(Exec::new(req.exec_id, req.process, streams));
         container.add_exec(&exec)?;
         // Ends the process and forgets the exec when the client hangs up or its time is over.

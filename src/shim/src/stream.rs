@@ -198,7 +198,10 @@ mod tests {
         assert!(matches!(open(link.to_str().unwrap(), Way::Out, OFlags::empty()), Err(Error::Open { .. })));
         let file = dir.path().join("file");
         std::fs::write(&file, "").unwrap();
-        assert!(matches!(open(file.to_str().unwrap(), Way::Out, OFlags::empty()), Err(Error::NotFifo { .. })));
+        assert!(matches!(
+            open(file.to_str().unwrap(), Way::Out, OFlags::empty()),
+            Err(Error::NotFifo { .. })
+        ));
         assert!(matches!(open("binary:///bin/true", Way::Out, OFlags::empty()), Err(Error::Kind { .. })));
         assert!(open("", Way::Out, OFlags::empty()).unwrap().is_none());
     }
