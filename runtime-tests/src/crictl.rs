@@ -40,8 +40,8 @@ impl Crictl {
         run::output(&mut self.command(args), Duration::from_secs(120))
     }
 
-    /// Runs with `-o json` at the end and parses what is said.
-    pub fn json(&self, args: &[&str]) -> Result<serde_json::Value> {
-        Ok(serde_json::from_str(&self.run(&[args, &["-o", "json"]].concat())?)?)
+    /// Runs a command with `-o json` and parses what is said. crictl knows flags only before arguments.
+    pub fn json(&self, command: &str, args: &[&str]) -> Result<serde_json::Value> {
+        Ok(serde_json::from_str(&self.run(&[&[command, "-o", "json"], args].concat())?)?)
     }
 }
