@@ -163,23 +163,37 @@ pub(crate) fn prctl(option: i32, one: u64, two: u64) -> Result<i32> {
 /// Sets every signal to its default and lets all of them in. CLONE_CLEAR_SIGHAND leaves ignored ones
 /// ignored, and the Rust runtime ignores SIGPIPE.
 pub(crate) fn default_signals() {
-    // SAFETY: an all-zero sigaction is SIG_DFL with an empty mask; numbers that cannot be set answer EINVAL.
+    set_signals(libc::SIG_DFL);
+    let none = 0u64;
+    // SAFETY: the set is 8 bytes long, as said, and live.
     unsafe {
-        let action: libc::sigaction = std::mem::zeroed();
-        for signal in 1..=64 {
-            libc::sigaction(signal, &raw const action, std::ptr::null_mut());
-        }
-        let mut none: libc::sigset_t = std::mem::zeroed();
-        libc::sigemptyset(&raw mut none);
-        libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
-    }
+        libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const none, 0usize, size_of::<u64>())
+    };
 }
 
 /// Ignores what can be ignored. With SIGCHLD ignored, children are reaped by the kernel.
 pub(crate) fn ignore_signals() {
+    set_signals(libc::SIG_IGN);
+}
+
+/// By raw system call, because libc keeps 32 and 33 to itself, and whoever started us may have ignored them.
+fn set_signals(handler: libc::sighandler_t) {
+    /// The kernel's `struct sigaction`.
+    #[repr(C)]
+    struct Action {
+        handler: usize,
+        flags: u64,
+        restorer: usize,
+        mask: u64,
+    }
+    const { assert!(size_of::<Action>() == 32) };
+    let action = Action { handler, flags: 0, restorer: 0, mask: 0 };
     for signal in 1..=64 {
-        // SAFETY: SIG_IGN runs no code; numbers that cannot be set answer EINVAL.
-        unsafe { libc::signal(signal, libc::SIG_IGN) };
+        // SAFETY: the structure is the kernel's and live, and neither of our handlers runs code. Signals that
+        // cannot be set answer EINVAL.
+        unsafe {
+            libc::syscall(libc::SYS_rt_sigaction, signal, &raw const action, 0usize, size_of::<u64>());
+        }
     }
 }
 

@@ -171,7 +171,9 @@ impl Act<'_> {
 
     fn child(&self, channel: &Channel, procfs: Option<BorrowedFd<'_>>) -> Result<(), Failure> {
         channel.wait().at(Step::Wait, "namespace child")?;
-        if self.flags & CLONE_NEWUSER != 0 {
+        // A mapping that only shifts the ids of a mount need not have a root.
+        let has_root = |maps: &IdMaps| maps.host_uid(0).is_ok() && maps.host_gid(0).is_ok();
+        if self.flags & CLONE_NEWUSER != 0 && self.wanted.user.is_some_and(has_root) {
             crate::init::user::become_root()?;
         }
         if let Some(net) = self.net_join {

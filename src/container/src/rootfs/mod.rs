@@ -190,18 +190,40 @@ impl Plan {
         }
         let cgroups = self.cgroups.open()?;
         let null = if self.masked.is_empty() { None } else { Some(mask::null()?) };
-        let root = match &self.base {
-            Base::Overlay(overlay) => overlay.mount(self.user.as_ref().map(OwnedFd::as_fd))?,
+        let mut root = self.open_base()?;
+
+        // Shifted layers come last: they cover the places that they are taken from.
+        let base = if let Base::Overlay(overlay) = &self.base { Some((overlay, &mut root)) } else { None };
+        let volumes = self.entries.iter().zip(&mut trees).filter_map(|(entry, tree)| match &entry.what {
+            What::Overlay(overlay) => Some((overlay, tree)),
+            _ => None,
+        });
+        let shifted: Vec<_> = volumes.chain(base).filter(|(overlay, _)| overlay.idmap).collect();
+        if !shifted.is_empty() {
+            let user = self.user.as_ref().ok_or(Errno::INVAL);
+            let user = user.at(Step::IdMapMount, "layers: the container has no user namespace")?;
+            overlay::shift(shifted.iter().map(|(overlay, _)| *overlay), user.as_fd())?;
+            for (overlay, tree) in shifted {
+                *tree = Some(overlay.mount()?);
+            }
+        }
+        let root = root.ok_or(Errno::NOENT).at(Step::Rootfs, "of the container")?;
+        Ok(Sources { root, trees, cgroups, null })
+    }
+
+    fn open_base(&self) -> Result<Option<OwnedFd>, Failure> {
+        match &self.base {
+            Base::Overlay(overlay) if overlay.idmap => Ok(None),
+            Base::Overlay(overlay) => overlay.mount().map(Some),
             Base::Bind { source, idmap } => {
                 let tree = mount::clone(source, true).at(Step::Rootfs, source.display())?;
                 if let (true, Some(user)) = (*idmap, &self.user) {
                     mount_setattr(tree.as_fd(), false, MountAttr::idmap(user.as_fd()))
                         .at(Step::IdMapMount, source.display())?;
                 }
-                tree
+                Ok(Some(tree))
             }
-        };
-        Ok(Sources { root, trees, cgroups, null })
+        }
     }
 
     fn open_entry(&self, entry: &Entry) -> Result<Option<OwnedFd>, Failure> {
@@ -214,8 +236,8 @@ impl Plan {
                 Some(dev) => return dev.make(&entry.options).map(Some),
                 None => return Ok(None),
             },
-            // Its layers lie where the container cannot look, and may have to be shifted.
-            What::Overlay(overlay) => return overlay.mount(self.user.as_ref().map(OwnedFd::as_fd)).map(Some),
+            // Its layers lie where the container cannot look.
+            What::Overlay(overlay) if !overlay.idmap => return overlay.mount().map(Some),
             _ => return Ok(None),
         };
         if let Some(user) = &entry.idmap {
@@ -424,6 +446,11 @@ fn entry(mount: &spec::Mount, given: &mut Given<'_>) -> Result<Entry, Error> {
         let (_, tree) = given.trees.swap_remove(index);
         return Ok(Entry { destination, what: What::Tree(tree), options: Options::default(), idmap: None });
     }
+    // S01: whatever is mounted on procfs, before or after it, can only be meant to deceive.
+    if destination.starts_with("/proc") && destination != Path::new("/proc") && !is_replaceable(&destination)
+    {
+        return Err(Error::Invalid(format!("a mount on {destination:?}, inside procfs")));
+    }
     let options = Options::parse(mount.options.iter().map(String::as_str));
     let what = match mount.kind.as_str() {
         _ if options.remount => What::Remount,
@@ -505,13 +532,17 @@ const REPLACEABLE: [&str; 10] = [
     "/proc/net/dev",
 ];
 
+fn is_replaceable(destination: &Path) -> bool {
+    REPLACEABLE.iter().any(|path| Path::new(path) == destination)
+}
+
 /// Nothing else is mounted inside procfs, by whatever name one gets there.
 fn check_target(destination: &Path, target: BorrowedFd<'_>) -> Result<(), Failure> {
     let object = || format!("{}: inside procfs", destination.display());
     let on_proc = fstatfs(target).at(Step::MountPoint, destination.display())?.f_type as u64
         == libc::PROC_SUPER_MAGIC as u64;
     let itself = destination == Path::new("/proc");
-    if on_proc && !itself && !REPLACEABLE.iter().any(|path| Path::new(path) == destination) {
+    if on_proc && !itself && !is_replaceable(destination) {
         return Err(Errno::PERM).at(Step::Mount, object());
     }
     Ok(())

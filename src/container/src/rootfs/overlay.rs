@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use super::mount::{self, Context};
 use super::options::Options;
 use crate::error::{At, Error, Failure, Step};
-use crate::kernel::{self, CLONE_NEWNS, MountAttr, mount_setattr};
+use crate::kernel::{self, CLONE_NEWNS, MOUNT_ATTR_RDONLY, MountAttr, mount_setattr};
 
 #[derive(Debug)]
 pub(crate) struct Plan {
@@ -41,21 +41,22 @@ impl Plan {
         Ok(Plan { lower, upper, options, idmap: wants_idmap(words) })
     }
 
-    /// The detached overlay. With id mapping this enters a mount namespace of its own first.
-    pub(crate) fn mount(&self, user: Option<BorrowedFd<'_>>) -> Result<OwnedFd, Failure> {
-        let mut owner = None;
-        match (self.idmap, user) {
-            (true, Some(user)) => {
-                self.shift(user)?;
-                owner = self.owner()?;
-            }
-            (true, None) => {
-                return Err(Errno::INVAL).at(Step::IdMapMount, "rootfs: the container has no user namespace");
-            }
-            _ => {}
+    /// The detached overlay. Layers that are to be shifted were, by [`shift`].
+    pub(crate) fn mount(&self) -> Result<OwnedFd, Failure> {
+        if let ([layer], None) = (self.lower.as_slice(), &self.upper) {
+            return self.alone(Path::new(layer)).at(Step::Mount, layer);
         }
+        let owner = if self.idmap { self.owner()? } else { None };
         let _acting = owner.map(kernel::act_as).transpose().at(Step::IdMapMount, "rootfs")?;
         self.configure().map_err(|refused| refused.failure("overlay", Path::new("rootfs")))
+    }
+
+    /// overlayfs refuses to show a single layer that nothing is written to. That is a read-only bind.
+    fn alone(&self, layer: &Path) -> Result<OwnedFd, Errno> {
+        let tree = mount::clone(layer, false)?;
+        mount_setattr(tree.as_fd(), false, MountAttr::propagation(libc::MS_PRIVATE))?;
+        mount_setattr(tree.as_fd(), false, MountAttr::set(self.options.attr.set | MOUNT_ATTR_RDONLY))?;
+        Ok(tree)
     }
 
     /// The container's root, as it owns the work directory seen through the mapping. overlayfs makes directories
@@ -96,24 +97,6 @@ impl Plan {
         Ok(())
     }
 
-    /// Covers each layer with an id-mapped copy of itself, at its own path, so that overlayfs finds shifted
-    /// files there. Only this process and its children see that. Upper and work directory must be one mount, so
-    /// their parent is covered.
-    fn shift(&self, user: BorrowedFd<'_>) -> Result<(), Failure> {
-        kernel::unshare(CLONE_NEWNS).at(Step::Namespace, "mount")?;
-        let host = kernel::open_path(Path::new("/")).at(Step::Rootfs, "/")?;
-        mount_setattr(host.as_fd(), true, MountAttr::propagation(libc::MS_SLAVE))
-            .at(Step::MountAttributes, "the host's mounts")?;
-        for directory in self.shifted()? {
-            let shown = directory.display();
-            let target = kernel::open_path(&directory).at(Step::Source, &shown)?;
-            let tree = mount::clone_fd(target.as_fd(), false).at(Step::Source, &shown)?;
-            mount_setattr(tree.as_fd(), false, MountAttr::idmap(user)).at(Step::IdMapMount, &shown)?;
-            mount::attach(tree.as_fd(), target.as_fd()).at(Step::Mount, &shown)?;
-        }
-        Ok(())
-    }
-
     fn shifted(&self) -> Result<BTreeSet<PathBuf>, Failure> {
         let mut directories: BTreeSet<PathBuf> = self.lower.iter().map(PathBuf::from).collect();
         if let Some((upper, work)) = &self.upper {
@@ -127,6 +110,31 @@ impl Plan {
         }
         Ok(directories)
     }
+}
+
+/// Covers each layer with an id-mapped copy of itself, at its own path, so that overlayfs finds shifted files there.
+/// Only this process and its children see that, in a mount namespace of their own. Upper and work directory must be
+/// one mount, so their parent is covered.
+pub(crate) fn shift<'a>(
+    overlays: impl Iterator<Item = &'a Plan>,
+    user: BorrowedFd<'_>,
+) -> Result<(), Failure> {
+    let mut directories = BTreeSet::new();
+    for overlay in overlays {
+        directories.append(&mut overlay.shifted()?);
+    }
+    kernel::unshare(CLONE_NEWNS).at(Step::Namespace, "mount")?;
+    let host = kernel::open_path(Path::new("/")).at(Step::Rootfs, "/")?;
+    mount_setattr(host.as_fd(), true, MountAttr::propagation(libc::MS_SLAVE))
+        .at(Step::MountAttributes, "the host's mounts")?;
+    for directory in directories {
+        let shown = directory.display();
+        let target = kernel::open_path(&directory).at(Step::Source, &shown)?;
+        let tree = mount::clone_fd(target.as_fd(), false).at(Step::Source, &shown)?;
+        mount_setattr(tree.as_fd(), false, MountAttr::idmap(user)).at(Step::IdMapMount, &shown)?;
+        mount::attach(tree.as_fd(), target.as_fd()).at(Step::Mount, &shown)?;
+    }
+    Ok(())
 }
 
 /// `idmap` is ours; `uidmap=0:100000:65536` is how containerd says it, about the same mapping that the

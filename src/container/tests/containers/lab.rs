@@ -28,7 +28,6 @@ pub(crate) struct Lab {
     pub(crate) host: Host,
     parent: String,
     next: Cell<u32>,
-    mounts: usize,
 }
 
 impl Lab {
@@ -39,7 +38,7 @@ impl Lab {
         make_image(&dir.path().join("image"));
         let parent = format!("crisp-container-test-{}", std::process::id());
         let host = Host::detect().unwrap();
-        Lab { dir, host, parent, next: Cell::new(0), mounts: mounts() }
+        Lab { dir, host, parent, next: Cell::new(0) }
     }
 
     /// A new empty directory.
@@ -100,12 +99,30 @@ impl Lab {
         }
     }
 
+    /// Whether this process may raise hard limits and lower OOM scores.
+    pub(crate) fn has_sys_resource(&self) -> bool {
+        let status = fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("CapEff:\t")).unwrap();
+        u64::from_str_radix(line, 16).unwrap() & 1 << 24 != 0
+    }
+
+    #[track_caller]
+    pub(crate) fn assert_no_children(&self) {
+        let child = waitid(WaitId::All, WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
+        assert!(child.is_err(), "a child is left: {child:?}");
+    }
+
+    /// The host's mounts that have to do with us.
+    pub(crate) fn mounts(&self) -> Vec<String> {
+        let ours = self.dir.path().to_str().unwrap();
+        let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        table.lines().filter(|line| line.contains(ours)).map(str::to_owned).collect()
+    }
+
     /// What is still there: mounts, cgroups, children.
     pub(crate) fn close(self) -> Vec<String> {
         let mut left = Vec::new();
-        if mounts() != self.mounts {
-            left.push(format!("{} mounts on the host", mounts() as i64 - self.mounts as i64));
-        }
+        left.extend(self.mounts().into_iter().map(|mount| format!("mount {mount}")));
         if waitid(WaitId::All, WaitIdOptions::EXITED | WaitIdOptions::NOHANG).is_ok() {
             left.push("a child".to_owned());
         }
@@ -122,10 +139,6 @@ impl Lab {
         all.remove(Duration::from_secs(2)).unwrap();
         left
     }
-}
-
-fn mounts() -> usize {
-    fs::read_to_string("/proc/self/mountinfo").unwrap().lines().count()
 }
 
 /// A container to be.
@@ -160,7 +173,7 @@ impl<'a> Container<'a> {
             Request { id: &id, spec: &spec, bundle: &bundle, rootfs, join, trees, stdio, cgroups: &lab.host };
         let created = create(request)?.finish(soon())?;
         let pidfd = rustix::io::dup(&created.pidfd).unwrap();
-        let running = Running { lab, id, bundle, spec, pid: created.pid, pidfd };
+        let running = Running { lab, id, spec, pid: created.pid, pidfd };
         Ok((running, created))
     }
 
@@ -193,7 +206,6 @@ impl<'a> Container<'a> {
 pub(crate) struct Running<'a> {
     pub(crate) lab: &'a Lab,
     pub(crate) id: String,
-    pub(crate) bundle: PathBuf,
     pub(crate) spec: Spec,
     pub(crate) pid: u32,
     pub(crate) pidfd: OwnedFd,
@@ -211,7 +223,9 @@ impl Running<'_> {
         process
     }
 
-    pub(crate) fn spawn(&self, process: &spec::Process, stdio: Stdio) -> Result<exec::Running, Error> {
+    /// One more process in it, which is ended and reaped when the value is dropped: a pid namespace does not end
+    /// before its last process is reaped, those of other parents included.
+    pub(crate) fn spawn(&self, process: &spec::Process, stdio: Stdio) -> Result<Spawned, Error> {
         let cgroup = self.cgroup();
         let request = exec::Request {
             init: self.pidfd.as_fd(),
@@ -221,7 +235,7 @@ impl Running<'_> {
             cgroup: &cgroup,
             stdio,
         };
-        exec::spawn(request)?.finish(soon())
+        exec::spawn(request)?.finish(soon()).map(Spawned)
     }
 
     /// Runs a process in it to its end.
@@ -236,6 +250,15 @@ impl Running<'_> {
         let output = self.exec(&self.like_init(&["/bin/sh", "-c", script])).unwrap();
         assert_eq!(output.code, 0, "{output:?}");
         output.stdout.trim_end().to_owned()
+    }
+
+    /// Waits until a command succeeds in it.
+    #[track_caller]
+    pub(crate) fn wait_for(&self, script: &str) {
+        let deadline = soon();
+        while self.exec(&self.like_init(&["/bin/sh", "-c", script])).unwrap().code != 0 {
+            assert!(Instant::now() < deadline, "never true: {script}");
+        }
     }
 
     fn output(self, pipes: [OwnedFd; 2]) -> Output {
@@ -257,6 +280,58 @@ impl Drop for Running<'_> {
         if let Err(error) = cgroup.remove(Duration::from_secs(5)) {
             println!("{}: {error}", self.id);
         }
+    }
+}
+
+/// A directory of the host's that is a shared mount. Goes away with all that was mounted below it.
+pub(crate) struct Shared {
+    pub(crate) path: PathBuf,
+}
+
+impl Shared {
+    pub(crate) fn new(lab: &Lab) -> Shared {
+        use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+        let path = lab.directory();
+        mount("tmpfs", &path, "tmpfs", MountFlags::empty(), None).unwrap();
+        let shared = Shared { path };
+        mount_change(&shared.path, MountPropagationFlags::SHARED).unwrap();
+        shared
+    }
+
+    pub(crate) fn mount_below(&self, name: &str) {
+        let path = self.path.join(name);
+        fs::create_dir(&path).unwrap();
+        rustix::mount::mount("tmpfs", &path, "tmpfs", rustix::mount::MountFlags::empty(), None).unwrap();
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(&self.path, rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+/// A process in a container.
+pub(crate) struct Spawned(exec::Running);
+
+impl std::ops::Deref for Spawned {
+    type Target = exec::Running;
+
+    fn deref(&self) -> &exec::Running {
+        &self.0
+    }
+}
+
+impl std::ops::DerefMut for Spawned {
+    fn deref_mut(&mut self) -> &mut exec::Running {
+        &mut self.0
+    }
+}
+
+impl Drop for Spawned {
+    fn drop(&mut self) {
+        let _ = rustix::process::pidfd_send_signal(&self.0.pidfd, rustix::process::Signal::KILL);
+        let _ = waitid(WaitId::PidFd(self.0.pidfd.as_fd()), WaitIdOptions::EXITED);
     }
 }
 

@@ -80,6 +80,21 @@ pub(crate) fn in_a_user_namespace_an_image_volume_belongs_to_its_root(lab: &Lab)
     assert_eq!(container.says(), "0:0\n0:0");
 }
 
+pub(crate) fn a_single_layer_is_a_volume_too(lab: &Lab) {
+    let [layer, _] = layers(lab);
+    let mount = overlay(vec![format!("lowerdir={}", shown(&layer)), "nosuid".into()]);
+    let script = "cat /volume/dir/upper; touch /volume/dir/x 2>&1 | grep -c Read-only";
+    assert_eq!(lab.sh(script).with(|spec| spec.mounts.push(mount)).says(), "upper1");
+}
+
+/// The same layers twice, which can be covered only once.
+pub(crate) fn in_a_user_namespace_a_container_mounts_its_own_image(lab: &Lab) {
+    let mount = overlay(vec![format!("lowerdir={}", shown(&lab.image())), "ro".into(), "idmap".into()]);
+    let mut container = in_user_namespace(lab.sh("stat -c %u:%g /volume/bin/busybox /bin/busybox"));
+    container.spec.mounts.push(mount);
+    assert_eq!(container.says(), "0:0\n0:0");
+}
+
 fn in_user_namespace(mut container: Container<'_>) -> Container<'_> {
     let map = vec![IdMapping { container_id: 0, host_id: 100_000, size: 65536 }];
     container.spec.linux.namespaces.push(Namespace { kind: NamespaceKind::User, path: String::new() });
