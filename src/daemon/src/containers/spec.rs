@@ -277,10 +277,7 @@ pub fn make(request: &Request<'_>) -> Result<Made, Error> {
         rules.extend(nodes.iter().map(devices::Device::rule));
     }
     let sources = sources(request)?;
-    let volumes = match settings.security.ignore_image_defined_volumes {
-        true => Vec::new(),
-        false => volumes::make(request, &destinations)?,
-    };
+    let volumes = volumes::make(request, &destinations)?;
     let blank: Vec<v1::Mount> = volumes.iter().map(volumes::Volume::mount).collect();
     let mut wanted: Vec<Wanted<'_>> = destinations
         .into_iter()
@@ -961,6 +958,7 @@ pub mod tests {
         };
         world.config.mounts = vec![image("sha256:9", "")];
         assert_eq!(found(&world)["type"], "overlay");
+        assert!(volumes::empty(&world.settings).is_dir());
         world.config.mounts = vec![image("sha256:9", "sub")];
         assert!(found(&world)["options"][0].as_str().unwrap().contains("other/sub"));
         world.config.mounts = vec![image("sha256:9", "file")];

@@ -208,11 +208,11 @@ mod tests {
     #[test]
     fn credentials_of_every_form_are_taken_and_broken_ones_refused() {
         let full = |change: fn(&mut v1::AuthConfig)| {
-            let mut auth = v1::AuthConfig::default();
-            change(&mut auth);
-            super::auth(Some(&auth))
+            let mut config = v1::AuthConfig::default();
+            change(&mut config);
+            auth(Some(&config))
         };
-        assert!(super::auth(None).unwrap().is_none());
+        assert!(auth(None).unwrap().is_none());
         assert!(full(|_| ()).unwrap().is_none());
         assert!(full(|auth| auth.username = "u".into()).unwrap().is_some());
         assert!(full(|auth| auth.identity_token = "t".into()).unwrap().is_some());

@@ -182,7 +182,8 @@ mod tests {
 
     #[test]
     fn added_and_dropped_ones_are_told_apart() {
-        let table: [(&[&str], &[&str], bool, usize, &[&str], &[&str]); 10] = [
+        type Names<'a> = &'a [&'a str];
+        let table: [(Names<'_>, Names<'_>, bool, usize, Names<'_>, Names<'_>); 10] = [
             (&["NET_ADMIN"], &[], false, 15, &["NET_ADMIN", "CHOWN"], &[]),
             (&["cap_net_admin"], &[], false, 15, &["NET_ADMIN"], &[]),
             (&[], &["CAP_CHOWN"], false, 13, &["KILL"], &["CHOWN"]),

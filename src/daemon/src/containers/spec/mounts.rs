@@ -362,7 +362,7 @@ pub fn order(
         .into_iter()
         .filter(|mount| {
             let place = at(mount);
-            !taken(&place) && !(taken("/dev") && place.starts_with("/dev/"))
+            !(taken(&place) || taken("/dev") && place.starts_with("/dev/"))
         })
         .collect();
     let mut rest: Vec<Value> = files.into_iter().filter(|mount| !taken(&at(mount))).collect();
@@ -492,7 +492,7 @@ mod tests {
         let refused = root.join("disk/x");
         assert!(matches!(look(refused.to_str().unwrap(), &[root.join("disk")]), Err(Error::AbsentSource(_))));
         assert!(!refused.exists());
-        assert_eq!(look(path.to_str().unwrap(), &[root.clone()]).unwrap(), path);
+        assert_eq!(look(path.to_str().unwrap(), std::slice::from_ref(&root)).unwrap(), path);
     }
 
     #[test]

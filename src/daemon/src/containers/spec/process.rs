@@ -163,16 +163,17 @@ mod tests {
 
     #[test]
     fn command_and_args_replace_what_kubernetes_says_they_replace() {
-        let table: [(&[&str], &[&str], &[&str], &[&str], &[&str]); 7] = [
-            (&[], &[], &["ep"], &["cmd"], &["ep", "cmd"]),
-            (&[], &["arg"], &["ep"], &["cmd"], &["ep", "arg"]),
-            (&["command"], &[], &["ep"], &["cmd"], &["command"]),
-            (&["command"], &["arg"], &["ep"], &["cmd"], &["command", "arg"]),
-            (&[], &[], &[], &["cmd"], &["cmd"]),
-            (&[], &["arg"], &[], &["cmd"], &["arg"]),
-            (&[], &[], &["ep"], &[], &["ep"]),
+        type Words<'a> = &'a [&'a str];
+        let table: [[Words<'_>; 5]; 7] = [
+            [&[], &[], &["ep"], &["cmd"], &["ep", "cmd"]],
+            [&[], &["arg"], &["ep"], &["cmd"], &["ep", "arg"]],
+            [&["command"], &[], &["ep"], &["cmd"], &["command"]],
+            [&["command"], &["arg"], &["ep"], &["cmd"], &["command", "arg"]],
+            [&[], &[], &[], &["cmd"], &["cmd"]],
+            [&[], &["arg"], &[], &["cmd"], &["arg"]],
+            [&[], &[], &["ep"], &[], &["ep"]],
         ];
-        for (command, arg, entrypoint, cmd, expected) in table {
+        for [command, arg, entrypoint, cmd, expected] in table {
             let got = args(&list(command), &list(arg), &list(entrypoint), &list(cmd)).unwrap();
             assert_eq!(got, expected);
         }

@@ -279,14 +279,13 @@ mod tests {
 
     #[test]
     fn the_client_overrides_the_image() {
-        let table: [(Wish<'_>, (u32, u32, Vec<u32>)); 5] = [
+        for (wish, expected) in [
             (Wish { uid: Some(33), ..wish("1000:1000") }, (33, 34, vec![34, 50])),
             (Wish { uid: Some(4000), ..wish("1000:7") }, (4000, 0, vec![0])),
             (Wish { uid: Some(4000), gid: Some(5), ..wish("1000:7") }, (4000, 5, vec![5])),
             (Wish { name: "www-data", ..wish("1000:7") }, (33, 34, vec![34, 50])),
             (Wish { name: "www-data", gid: Some(9), ..wish("") }, (33, 9, vec![9, 50])),
-        ];
-        for (wish, expected) in table {
+        ] {
             assert_eq!(ids(&wish), Ok(expected));
         }
     }

@@ -42,15 +42,21 @@ pub fn empty(settings: &Config) -> PathBuf {
     settings.root.join("volumes/empty")
 }
 
-/// Makes the directories of all volumes that no mount of the client covers.
+/// Makes the directories of all volumes that no mount of the client covers, unless the operator wants none.
 pub fn make(request: &Request<'_>, taken: &[String]) -> Result<Vec<Volume>, Error> {
     let own = directory(&request.settings.root, request.id);
     let failed = |source| Error::Look { what: "volume directory", path: own.clone(), source };
-    private(&empty(request.settings)).map_err(failed)?;
+    let declared: &[String] = match request.settings.security.ignore_image_defined_volumes {
+        true => &[],
+        false => &request.image.volumes,
+    };
+    if !declared.is_empty() || request.config.mounts.iter().any(|mount| mount.image.is_some()) {
+        private(&empty(request.settings)).map_err(failed)?;
+    }
     let mut volumes: Vec<Volume> = Vec::new();
-    for declared in request.image.volumes.iter().take(COUNT) {
+    for path in declared.iter().take(COUNT) {
         // A declaration that leads nowhere is the image's fault, and no reason to refuse the pod.
-        let Some(destination) = mounts::clean(&format!("/{declared}")).filter(|path| path != "/") else {
+        let Some(destination) = mounts::clean(&format!("/{path}")).filter(|path| path != "/") else {
             continue;
         };
         if taken.contains(&destination) || volumes.iter().any(|volume| volume.destination == destination) {
@@ -209,7 +215,10 @@ mod tests {
         std::os::unix::fs::symlink("../..", layer.join("up")).unwrap();
         for (number, path) in ["/../../etc", "/abs/etc", "/up/canary", "/abs"].iter().enumerate() {
             let place = here.path().join(number.to_string());
-            let Source::Volume { lower, .. } = one(&[layer.clone()], path, &place).unwrap() else { panic!() };
+            let Source::Volume { lower, .. } = one(std::slice::from_ref(&layer), path, &place).unwrap()
+            else {
+                panic!()
+            };
             assert!(lower.iter().all(|part| part.starts_with(&layer)), "{path}: {lower:?}");
         }
     }
