@@ -28,7 +28,15 @@ impl Bed {
     pub async fn new() -> Result<Bed> {
         let bed = Bed::with(catalog::ensure()?, |_| {}).await?;
         bed.client.pull(catalog::SMALL).await?;
+        bed.first().await?;
         Ok(bed)
+    }
+
+    /// One pod with one container of busybox, which brings what stays for all others.
+    pub async fn first(&self) -> Result<()> {
+        let pod = self.host_pod("first").await?;
+        pod.output(&client::container("c", catalog::SMALL, "true")).await?;
+        pod.remove().await
     }
 
     /// With other images or another configuration.

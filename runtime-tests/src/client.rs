@@ -285,15 +285,17 @@ impl Client {
     }
 }
 
-/// The code of a call that must fail; an error when it does not.
+/// The code of a call that must fail; an error, with the place of the call, when it does not.
+#[track_caller]
 pub fn refused<T: std::fmt::Debug>(reply: Reply<T>) -> Result<Status> {
     match reply {
         Err(status) => Ok(status),
-        Ok(got) => anyhow::bail!("the call succeeded with {got:?}"),
+        Ok(got) => anyhow::bail!("{}: the call succeeded with {got:?}", std::panic::Location::caller()),
     }
 }
 
 /// Asserts that a call fails with a code and a message that names something.
+#[track_caller]
 pub fn refused_with<T: std::fmt::Debug>(reply: Reply<T>, code: Code, says: &str) -> Result<()> {
     let status = refused(reply)?;
     anyhow::ensure!(

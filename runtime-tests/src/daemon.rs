@@ -47,7 +47,7 @@ impl Options {
             network: Network::Bridge,
             registry: Some(registry),
             images: String::new(),
-            debug: "debug",
+            debug: "info,crispd=debug,image=debug,network=debug",
             extra: String::new(),
         }
     }

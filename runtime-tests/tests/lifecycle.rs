@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use cri_api::v1::*;
 use runtime_tests::bed::Bed;
-use runtime_tests::client::{container, host_pod, refused_with};
+use runtime_tests::client::{container, host_pod, namespaces, refused_with, security};
 use runtime_tests::image::catalog;
 use tonic::Code;
 
@@ -93,11 +93,14 @@ async fn a_container_goes_from_created_to_running_to_exited() -> Result<()> {
 #[tokio::test]
 async fn killed_by_a_signal_is_128_plus_its_number() -> Result<()> {
     let bed = Bed::new().await?;
-    let pod = bed.host_pod("signals").await?;
+    // As the first process of a pid namespace the shell would be spared by most signals that it sends itself.
+    let mut config = host_pod("signals");
+    namespaces(&mut config, |o| o.pid = NamespaceMode::Node as i32);
+    let pod = bed.run(config).await?;
     for (signal, number) in [("SEGV", 11), ("ABRT", 6), ("KILL", 9)] {
-        // As the first process of a pid namespace the shell would be spared by most signals that it sends itself.
-        let script = format!("sh -c 'kill -{signal} $$'");
-        let id = pod.start(&signal.to_lowercase(), &script).await?;
+        let mut config = container(&signal.to_lowercase(), catalog::SMALL, &format!("kill -{signal} $$"));
+        security(&mut config).namespace_options.get_or_insert_default().pid = NamespaceMode::Node as i32;
+        let id = pod.start_with(&config).await?;
         assert_eq!(bed.client.wait_exit(&id).await?.exit_code, 128 + number);
     }
     Ok(())

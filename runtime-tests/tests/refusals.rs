@@ -314,6 +314,8 @@ async fn pods_that_cannot_be() -> Result<()> {
 async fn containers_that_cannot_be() -> Result<()> {
     let bed = Bed::new().await?;
     let pod = bed.host_pod("refuses").await?;
+    pod.output(&container("first", catalog::SMALL, "true")).await?;
+    bed.client.remove(&bed.client.containers(None).await?[0].id).await?;
     let watch = Watch::over(bed);
     let client = &watch.bed.client;
     let plain = || container("c", catalog::SMALL, "exec sleep 1000");
@@ -529,6 +531,12 @@ async fn images_whose_config_cannot_be_run() -> Result<()> {
     for name in ["stranger", "volume", "dangling"] {
         bed.client.pull(&format!("crisp.test/{name}:1")).await?;
     }
+    // The first container of the pod brings what stays until the pod goes.
+    let mut good = container("first", "crisp.test/stranger:1", "true");
+    security(&mut good).run_as_user = Some(Int64Value { value: 0 });
+    let id = pod.start_with(&good).await?;
+    bed.client.wait_exit(&id).await?;
+    bed.client.remove(&id).await?;
     let watch = Watch::over(bed);
     let client = &watch.bed.client;
     let stranger = container("c", "crisp.test/stranger:1", "true");
