@@ -23,7 +23,7 @@ const LOOK: Duration = Duration::from_secs(60);
 const LONGEST: usize = 6 << 20;
 
 /// Returns the id of the new container. A repeated request joins the one in flight, and gets the container of one
-/// whose client went away.
+/// that was done already: whether its answer arrived is more than we can know.
 pub async fn create(daemon: &Arc<Daemon>, request: v1::CreateContainerRequest) -> Result<String> {
     let pod = daemon.pod(&request.pod_sandbox_id)?;
     let config = request.config.ok_or_else(|| Fault::invalid("config is missing"))?;
@@ -31,11 +31,7 @@ pub async fn create(daemon: &Arc<Daemon>, request: v1::CreateContainerRequest) -
     let metadata = config.metadata.clone().unwrap_or_default();
     let name = format!("container {}/{}/{}", pod.id, metadata.name, metadata.attempt);
     let (worker, taken) = (daemon.clone(), name.clone());
-    let id = daemon.calls.join(name, move || make(worker, pod, config, taken)).await?;
-    if let Some(container) = daemon.containers.get(&id) {
-        container.claim();
-    }
-    Ok(id)
+    daemon.calls.join(name, move || make(worker, pod, config, taken)).await
 }
 
 async fn make(
@@ -49,7 +45,7 @@ async fn make(
     }
     let same = |other: &Container| other.pod.id == pod.id && other.config.metadata == config.metadata;
     if let Some(other) = daemon.containers.with(same).first() {
-        return match other.phase() == super::Phase::Created && other.claim() {
+        return match other.phase() == super::Phase::Created && other.config == config {
             true => Ok(other.id.clone()),
             false => Err(Fault::Taken(name, format!("container {}", other.id)).into()),
         };

@@ -10,10 +10,7 @@
 use std::{
     fs,
     path::PathBuf,
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, OnceLock},
 };
 
 use cri_api::v1;
@@ -57,8 +54,6 @@ pub struct Container {
     stop_by: watch::Sender<Option<Instant>>,
     /// Held by the one who starts, updates or removes the container.
     pub act: tokio::sync::Mutex<()>,
-    /// The one who asked for the container has its id.
-    claimed: AtomicBool,
     /// `process` of config.json, read when a command is first executed.
     process: OnceLock<Value>,
 }
@@ -147,14 +142,8 @@ impl Container {
             ended: watch::Sender::new(false),
             stop_by: watch::Sender::new(None),
             act: tokio::sync::Mutex::default(),
-            claimed: AtomicBool::new(false),
             process: OnceLock::new(),
         }
-    }
-
-    /// Takes the container for a caller. False when another has it.
-    pub fn claim(&self) -> bool {
-        !self.claimed.swap(true, Ordering::SeqCst)
     }
 
     /// A copy of what changes.

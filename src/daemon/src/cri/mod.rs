@@ -100,12 +100,21 @@ fn code(error: &Error) -> Code {
     }
 }
 
+/// Longest text of a failure. It travels in a trailer, and clients break off when their bound for headers is passed;
+/// an id or a path that a client sent may be of any length.
+const TEXT: usize = 2048;
+
 /// What the client reads. The kubelet tells some failures apart by how the text begins.
 fn text(error: &Error) -> String {
-    match &**error {
+    let mut text = match &**error {
         Fault::Image { source, .. } => image::text(source, error),
         _ => error.to_string(),
+    };
+    if text.len() > TEXT {
+        text.truncate(text.floor_char_boundary(TEXT));
+        text.push_str("...");
     }
+    text
 }
 
 #[cfg(test)]

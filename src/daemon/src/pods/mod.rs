@@ -9,13 +9,7 @@
 //! ```
 //! Clients see Ready, and all later states as not ready. A pod in Creating is in no table: nobody sees it.
 
-use std::{
-    path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-};
+use std::{path::PathBuf, sync::Arc};
 
 use cri_api::v1;
 use serde::{Deserialize, Serialize};
@@ -52,8 +46,6 @@ pub struct Pod {
     shim: Lock<Option<Arc<Shim>>>,
     /// Held by the one who stops or removes the pod.
     pub act: tokio::sync::Mutex<()>,
-    /// The one who asked for the pod has its id. Until then the same request gets it again.
-    claimed: AtomicBool,
 }
 
 /// Where a pod is in its life.
@@ -102,13 +94,7 @@ impl Pod {
             state: Lock::new(state),
             shim: Lock::default(),
             act: tokio::sync::Mutex::default(),
-            claimed: AtomicBool::new(false),
         }
-    }
-
-    /// Takes the pod for a caller. False when another has it.
-    pub fn claim(&self) -> bool {
-        !self.claimed.swap(true, Ordering::SeqCst)
     }
 
     /// A copy of what changes.

@@ -17,20 +17,16 @@ use crate::{
 };
 
 /// Returns the id of the pod when it is ready. A repeated request joins the one in flight, and gets the pod of one
-/// whose client went away.
+/// that was done already: whether its answer arrived is more than we can know.
 pub async fn run(daemon: &Arc<Daemon>, request: v1::RunPodSandboxRequest) -> Result<String> {
     let wish = Wish::check(&daemon.config(), &daemon.hostname, request)?;
     let worker = daemon.clone();
-    let id = daemon.calls.join(wish.name(), move || make(worker, wish)).await?;
-    if let Some(pod) = daemon.pods.get(&id) {
-        pod.claim();
-    }
-    Ok(id)
+    daemon.calls.join(wish.name(), move || make(worker, wish)).await
 }
 
 async fn make(daemon: Arc<Daemon>, wish: Wish) -> Result<String> {
     if let Some(pod) = daemon.pods.with(|pod| pod.config.metadata == wish.config.metadata).first() {
-        return match pod.ready() && pod.claim() {
+        return match pod.ready() && pod.config == wish.config && pod.runtime_handler == wish.handler {
             true => Ok(pod.id.clone()),
             false => Err(Fault::Taken(wish.name(), format!("pod {}", pod.id)).into()),
         };
