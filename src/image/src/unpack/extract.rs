@@ -153,6 +153,9 @@ impl Extractor {
 
     /// Extracts all of the archive.
     pub(super) fn run(&mut self, archive: &mut impl Read) -> Result<()> {
+        // A root that the layer does not list is like every implied directory; the caller made it private.
+        rustix::fs::chmodat(&self.root, ".", Mode::from_raw_mode(0o755), AtFlags::empty())
+            .map_err(host("change mode of", b"/"))?;
         loop {
             match self.next(archive)? {
                 Next::End => break,
@@ -934,6 +937,16 @@ mod tests {
         );
         assert_eq!(made.unwrap().implied, [Path::new("usr")]);
         assert_eq!(fs::read(root.path().join("usr/lib/x")).unwrap(), b"1");
+    }
+
+    #[test]
+    fn a_root_without_an_entry_can_be_entered_by_everyone() {
+        let (root, made) = extract(&Tar::default().file("f", b"").end());
+        assert!(!made.unwrap().root);
+        assert_eq!(fs::metadata(root.path()).unwrap().mode() & 0o777, 0o755);
+        let (root, made) = extract(&Tar::default().directory("./").file("f", b"").end());
+        assert!(made.unwrap().root);
+        assert_eq!(fs::metadata(root.path()).unwrap().mode() & 0o777, 0o750);
     }
 
     #[test]
