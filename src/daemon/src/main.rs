@@ -124,7 +124,12 @@ fn load(arguments: &Arguments) -> Result<Config> {
 }
 
 fn log(config: &Config) -> Result<()> {
-    let filter = EnvFilter::try_new(&config.debug.level).context("debug.level")?;
+    // A bare level is ours: those below it would show every frame of HTTP/2.
+    let filter = match config.debug.level.as_str() {
+        level @ ("debug" | "trace") => format!("info,crispd={level},image={level},network={level}"),
+        other => other.into(),
+    };
+    let filter = EnvFilter::try_new(filter).context("debug.level")?;
     let output =
         tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
     match config.debug.format {

@@ -62,7 +62,8 @@ pub async fn sync(daemon: &Arc<Daemon>, request: v1::ExecSyncRequest) -> Result<
                 exit = &mut run => break exit,
                 () = &mut reads, if !drained => drained = true,
                 () = &mut late => {
-                    guard.kill().await;
+                    // The guard kills it. A shim that does not answer must not hold the caller.
+                    drop(guard);
                     let _ = timeout(DEATH, &mut run).await;
                     let after = limit.unwrap_or_default();
                     return Err(Fault::Deadline { act: format!("command in container {}", container.id), after }.into());
@@ -110,7 +111,7 @@ async fn read(from: &mut pipe::Receiver, room: &AtomicUsize, to: &mut Vec<u8>) {
     }
 }
 
-/// Kills a command whose caller went away.
+/// Kills a command whose time is over or whose caller went away.
 struct Guard<'a> {
     shim: &'a Arc<Shim>,
     container: &'a str,
@@ -118,19 +119,12 @@ struct Guard<'a> {
     armed: bool,
 }
 
-impl Guard<'_> {
-    async fn kill(&mut self) {
-        self.armed = false;
-        // A command that has just ended is unknown by now.
-        let _ = self.shim.signal(self.container, self.id, SIGKILL, true).await;
-    }
-}
-
 impl Drop for Guard<'_> {
     fn drop(&mut self) {
         if self.armed {
             let (shim, container, id) = (self.shim.clone(), self.container.to_string(), self.id.to_string());
             tokio::spawn(async move {
+                // A command that has just ended is unknown by now.
                 let _ = shim.signal(&container, &id, SIGKILL, true).await;
             });
         }
