@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use rustix::fs::{AtFlags, Mode, RenameFlags, chmodat, mkdirat, openat, renameat_with};
+use rustix::fs::{Mode, RenameFlags, mkdirat, openat, renameat_with};
 use tokio::io::AsyncWriteExt as _;
 
 use super::source::{Blob, Source};
@@ -45,13 +45,7 @@ impl Staged {
             name: tree::unique(),
             placed: AtomicBool::new(false),
         };
-        let mode = Mode::from_raw_mode(0o755);
-        // Few layers list the root of the tree, whose mode this stays: given apart from the umask, or only root could
-        // enter it.
-        mkdirat(&staged.directories.staging, staged.name.as_c_str(), mode)
-            .and_then(|()| {
-                chmodat(&staged.directories.staging, staged.name.as_c_str(), mode, AtFlags::empty())
-            })
+        mkdirat(&staged.directories.staging, staged.name.as_c_str(), Mode::from_raw_mode(0o755))
             .map_err(sys("make a directory in staging"))?;
         Ok(staged)
     }
