@@ -122,11 +122,14 @@ fn rootfs(daemon: &Daemon, container: &Container) -> Result<Rootfs> {
         .snapshot(&container.id)
         .ok_or_else(|| Fault::Start { id: container.id.clone(), why: "its writable layer is gone".into() })?;
     let lower: Vec<_> = snapshot.lower.iter().map(|path| path.to_string_lossy()).collect();
-    Ok(Rootfs {
-        options: vec![
-            format!("lowerdir={}", lower.join(":")),
-            format!("upperdir={}", snapshot.upper.display()),
-            format!("workdir={}", snapshot.work.display()),
-        ],
-    })
+    let mut options = vec![
+        format!("lowerdir={}", lower.join(":")),
+        format!("upperdir={}", snapshot.upper.display()),
+        format!("workdir={}", snapshot.work.display()),
+    ];
+    // The ids of the image are those that the pod's user namespace sees: by a mapping of the mounts, not by a chown.
+    if container.pod.user_namespace().is_some() {
+        options.push("idmap".into());
+    }
+    Ok(Rootfs { options })
 }
