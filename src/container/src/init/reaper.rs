@@ -3,7 +3,8 @@
 //!
 //! It is a copy of its parent, whose memory it shares for as long as neither writes. As containers can see it, it
 //! holds no descriptors, no capabilities, no root but an empty one, and cannot be traced. The kernel lets no
-//! signal from within the namespace reach it; its parent's SIGKILL ends it and with it the namespace.
+//! signal from within the namespace reach it; its parent's SIGKILL ends it and with it the namespace, and so does
+//! its parent's death.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -113,5 +114,7 @@ fn become_reaper(channel: &Channel, user: Option<BorrowedFd<'_>>, flags: u64) ->
     let _ = user::become_user(nobody.0, nobody.1, &[]);
     capability::apply(&Sets::default()).at(Step::Capabilities, "reaper")?;
     kernel::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0).at(Step::NoNewPrivileges, "reaper")?;
-    kernel::prctl(libc::PR_SET_DUMPABLE, 0, 0).at(Step::User, "reaper").map(drop)
+    kernel::prctl(libc::PR_SET_DUMPABLE, 0, 0).at(Step::User, "reaper")?;
+    // Its parent may be killed and then nobody is left to end it. Last, since a change of ids takes it back.
+    kernel::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as u64, 0).at(Step::User, "reaper").map(drop)
 }
