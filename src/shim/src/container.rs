@@ -583,10 +583,8 @@ impl Container {
                 false
             }
         });
-        if let Some(process) = &process {
-            if let Err(cause) = process.cgroup.kill() {
-                ::log::warn!("container {}: {cause}", self.id);
-            }
+        if let Some(Err(cause)) = process.as_ref().map(|process| process.cgroup.kill()) {
+            ::log::warn!("container {}: {cause}", self.id);
         }
         if let Some(copies) = copies {
             copies.finish(DRAIN).await;
@@ -604,11 +602,11 @@ impl Container {
         if let Err(cause) = record::write(&self.bundle, rundir::EXIT, &exit) {
             ::log::error!("container {}: record its exit: {cause}", self.id);
         }
-        if let Some(process) = process {
-            if let Err(cause) = remove_cgroup(&process.cgroup, time::Instant::now() + EMPTY).await {
-                ::log::error!("container {}: {cause}", self.id);
-                self.life().process = Some(process);
-            }
+        if let Some(process) = process
+            && let Err(cause) = remove_cgroup(&process.cgroup, time::Instant::now() + EMPTY).await
+        {
+            ::log::error!("container {}: {cause}", self.id);
+            self.life().process = Some(process);
         }
         let pid = {
             let mut life = self.life();
@@ -697,10 +695,11 @@ fn join<'a>(
 /// Reads config.json. It is read again for each exec: kept, it would cost every pod more than the shim itself.
 pub(crate) fn read_spec(bundle: &Path) -> Result<Spec, Error> {
     let path = bundle.join("config.json");
-    let mut text = Vec::new();
-    File::open(&path)
-        .and_then(|file| file.take(SPEC).read_to_end(&mut text))
-        .act(format!("read {}", path.display()))?;
+    let read = |file: File| {
+        let mut text = Vec::with_capacity(usize::try_from(file.metadata()?.len().min(SPEC) + 1).unwrap_or(0));
+        file.take(SPEC).read_to_end(&mut text).map(|_| text)
+    };
+    let text = File::open(&path).and_then(read).act(format!("read {}", path.display()))?;
     Spec::from_json(&text).map_err(|cause| Error::Invalid(format!("{}: {cause}", path.display())))
 }
 

@@ -362,10 +362,13 @@ fn maps(options: &PodOptions) -> Option<IdMaps> {
 /// score takes CAP_SYS_RESOURCE, and then the one that was inherited stays.
 fn settle_shim(options: &PodOptions, host: &Host) -> Result<(), Error> {
     if !options.shim_cgroup.is_empty() {
-        // Another shim may be in it, which `create` refuses; it is there then.
-        let cgroup = Cgroup::open(host, &options.shim_cgroup)?;
-        let cgroup = if cgroup.exists() { cgroup } else { Cgroup::create(host, &options.shim_cgroup)? };
-        cgroup.add(std::process::id())?;
+        // Other shims are in it, which `create` refuses; and one may make it while we look.
+        let found = Cgroup::open(host, &options.shim_cgroup)?;
+        let cgroup = match found.exists() {
+            true => Ok(found),
+            false => Cgroup::create(host, &options.shim_cgroup),
+        };
+        cgroup.or_else(|_| Cgroup::open(host, &options.shim_cgroup))?.add(std::process::id())?;
     }
     if options.oom_score_adj != 0 {
         let score = options.oom_score_adj.clamp(-1000, 1000);

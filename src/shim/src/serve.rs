@@ -2,7 +2,7 @@
 //! `service`.
 
 use std::{
-    io,
+    fs, io,
     os::{fd::OwnedFd, unix::net::UnixListener},
     path::PathBuf,
     pin::Pin,
@@ -68,6 +68,7 @@ async fn run(place: Place, dir: PathBuf, listener: OwnedFd, signals: AsyncFd<Own
     let events = Events::to(place.events, place.namespace);
     let pod = Arc::new(Pod::new(place.id, dir, place.foreign, reaper.clone(), events));
     let door = Door::new(listener).act("listen")?;
+    let socket = door.listener.local_addr().ok().and_then(|address| Some(address.as_pathname()?.to_owned()));
     let mut server = service::register(Server::new().add_listener(Listener::new(door)), &pod);
     if !pod.foreign {
         let process = record::process(std::process::id()).act("look at the shim's process")?;
@@ -82,6 +83,9 @@ async fn run(place: Place, dir: PathBuf, listener: OwnedFd, signals: AsyncFd<Own
     pod.shutdown.notified().await;
     // The reply to the call that ended us is among those that have to leave.
     let _ = time::timeout(LAST_REPLIES, server.shutdown()).await;
+    if let Some(socket) = socket.filter(|_| pod.foreign) {
+        let _ = fs::remove_file(socket);
+    }
     Ok(())
 }
 

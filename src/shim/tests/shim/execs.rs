@@ -30,14 +30,15 @@ impl Fifo {
         let path = shim.state.path().join(name);
         let mode = rustix::fs::Mode::from_raw_mode(0o600);
         rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
-        // Both ways does not wait for a partner; then as the daemon does, one way.
-        let both = File::options().read(true).write(true).open(&path).unwrap();
+        // As the daemon does it: a writer of both ways finds its partner in itself, and a reader that did not
+        // wait at the open is not hung up on before the first writer has come and gone.
         let file = match write {
-            true => both,
+            true => File::options().read(true).write(true).open(&path).unwrap(),
             false => {
-                let one = File::options().read(true).open(&path).unwrap();
-                drop(both);
-                one
+                let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK;
+                let file = File::from(rustix::fs::open(&path, flags, rustix::fs::Mode::empty()).unwrap());
+                rustix::fs::fcntl_setfl(&file, rustix::fs::OFlags::empty()).unwrap();
+                file
             }
         };
         Fifo { path, file: Some(file) }
