@@ -20,6 +20,7 @@ pub mod client;
 pub mod crictl;
 pub mod critest;
 pub mod kubelet;
+pub mod oci;
 
 pub mod bench;
 pub mod traces;

@@ -79,7 +79,9 @@ fn hold(home: &Home, mut created: Created, mut record: Record, door: &UnixListen
             let answer = Answer { error, warnings: Vec::new() };
             let _ = caller.write_all(&serde_json::to_vec(&answer)?);
             if failed {
-                // It has ended or is about to; nobody else could take its exit status.
+                // A poststart hook fails after the program has begun, and ends it: runtime.md, "Lifecycle".
+                let _ = created.cgroup.kill();
+                // Nobody else could take its exit status.
                 let _ = waitid(WaitId::PidFd(created.pidfd.as_fd()), WaitIdOptions::EXITED);
             }
             return Ok(u8::from(failed));

@@ -231,41 +231,43 @@ fn x32(name: &Name) -> Option<u32> {
 pub(super) fn behind(name: &str) -> Option<(u32, u32)> {
     const SOCKETCALL: u32 = 102;
     const IPC: u32 = 117;
-    Some(match name {
-        "socket" => (SOCKETCALL, 1),
-        "bind" => (SOCKETCALL, 2),
-        "connect" => (SOCKETCALL, 3),
-        "listen" => (SOCKETCALL, 4),
-        "accept" => (SOCKETCALL, 5),
-        "getsockname" => (SOCKETCALL, 6),
-        "getpeername" => (SOCKETCALL, 7),
-        "socketpair" => (SOCKETCALL, 8),
-        "send" => (SOCKETCALL, 9),
-        "recv" => (SOCKETCALL, 10),
-        "sendto" => (SOCKETCALL, 11),
-        "recvfrom" => (SOCKETCALL, 12),
-        "shutdown" => (SOCKETCALL, 13),
-        "setsockopt" => (SOCKETCALL, 14),
-        "getsockopt" => (SOCKETCALL, 15),
-        "sendmsg" => (SOCKETCALL, 16),
-        "recvmsg" => (SOCKETCALL, 17),
-        "accept4" => (SOCKETCALL, 18),
-        "recvmmsg" => (SOCKETCALL, 19),
-        "sendmmsg" => (SOCKETCALL, 20),
-        "semop" => (IPC, 1),
-        "semget" => (IPC, 2),
-        "semctl" => (IPC, 3),
-        "semtimedop" => (IPC, 4),
-        "msgsnd" => (IPC, 11),
-        "msgrcv" => (IPC, 12),
-        "msgget" => (IPC, 13),
-        "msgctl" => (IPC, 14),
-        "shmat" => (IPC, 21),
-        "shmdt" => (IPC, 22),
-        "shmget" => (IPC, 23),
-        "shmctl" => (IPC, 24),
-        _ => return None,
-    })
+    /// Sorted by name.
+    const CALLS: [(&str, u32, u32); 32] = [
+        ("accept", SOCKETCALL, 5),
+        ("accept4", SOCKETCALL, 18),
+        ("bind", SOCKETCALL, 2),
+        ("connect", SOCKETCALL, 3),
+        ("getpeername", SOCKETCALL, 7),
+        ("getsockname", SOCKETCALL, 6),
+        ("getsockopt", SOCKETCALL, 15),
+        ("listen", SOCKETCALL, 4),
+        ("msgctl", IPC, 14),
+        ("msgget", IPC, 13),
+        ("msgrcv", IPC, 12),
+        ("msgsnd", IPC, 11),
+        ("recv", SOCKETCALL, 10),
+        ("recvfrom", SOCKETCALL, 12),
+        ("recvmmsg", SOCKETCALL, 19),
+        ("recvmsg", SOCKETCALL, 17),
+        ("semctl", IPC, 3),
+        ("semget", IPC, 2),
+        ("semop", IPC, 1),
+        ("semtimedop", IPC, 4),
+        ("send", SOCKETCALL, 9),
+        ("sendmmsg", SOCKETCALL, 20),
+        ("sendmsg", SOCKETCALL, 16),
+        ("sendto", SOCKETCALL, 11),
+        ("setsockopt", SOCKETCALL, 14),
+        ("shmat", IPC, 21),
+        ("shmctl", IPC, 24),
+        ("shmdt", IPC, 22),
+        ("shmget", IPC, 23),
+        ("shutdown", SOCKETCALL, 13),
+        ("socket", SOCKETCALL, 1),
+        ("socketpair", SOCKETCALL, 8),
+    ];
+    let at = CALLS.binary_search_by_key(&name, |call| call.0).ok()?;
+    Some((CALLS[at].1, CALLS[at].2))
 }
 
 #[cfg(test)]
@@ -285,6 +287,14 @@ mod tests {
         assert_eq!(of(Arch::Arm, "set_tls"), Some(0xf0005));
         assert_eq!(of(Arch::X86_64, "no_such_call"), None);
         assert_eq!(of(Arch::X86_64, ""), None);
+    }
+
+    #[test]
+    fn calls_behind_others_are_found() {
+        assert_eq!(behind("accept"), Some((102, 5)));
+        assert_eq!(behind("socketpair"), Some((102, 8)));
+        assert_eq!(behind("shmctl"), Some((117, 24)));
+        assert_eq!(behind("read"), None);
     }
 
     #[test]
