@@ -71,10 +71,8 @@ pub(crate) fn last() -> u32 {
 
 /// Takes everything from the bounding set that is not in `keep`. Needs CAP_SETPCAP.
 pub(crate) fn limit_bounding(keep: u64, last: u32) -> Result<()> {
-    for number in 0..=u64::from(last) {
-        if keep & (1 << number) == 0 && prctl(libc::PR_CAPBSET_READ, number, 0)? == 1 {
-            prctl(libc::PR_CAPBSET_DROP, number, 0)?;
-        }
+    for number in (0..=u64::from(last)).filter(|number| keep & (1 << number) == 0) {
+        prctl(libc::PR_CAPBSET_DROP, number, 0)?;
     }
     Ok(())
 }

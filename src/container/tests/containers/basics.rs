@@ -135,7 +135,8 @@ pub(crate) fn a_child_that_takes_too_long_is_ended(lab: &Lab) {
 }
 
 pub(crate) fn what_can_never_work_is_told_before_anything_is_made(lab: &Lab) {
-    let refused: [(&str, fn(&mut container::Spec)); 6] = [
+    type Change = fn(&mut container::Spec);
+    let refused: [(&str, Change); 6] = [
         ("no process", |spec| spec.process = None),
         ("no mount namespace", |spec| spec.linux.namespaces.clear()),
         ("a relative destination", |spec| spec.mounts[0].destination = "proc".into()),
