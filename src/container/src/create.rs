@@ -114,7 +114,7 @@ pub fn create(request: Request<'_>) -> Result<Pending, Error> {
     let namespaces = namespace::Plan::new(spec, &join)?;
     let sysctls = sysctl::check(Some(&spec.linux.sysctl), namespaces.has)?;
     let streams = stdio.streams(wanted, namespaces.maps.as_ref())?;
-    let process = Process::new(wanted, filter, streams, &mut warnings)?;
+    let process = Process::new(wanted, spec.linux.personality.as_ref(), filter, streams, &mut warnings)?;
     let procfs = private_procfs(wanted, !sysctls.is_empty())?;
     let hooks = Hooks::new(spec, id, bundle);
 
@@ -126,6 +126,7 @@ pub fn create(request: Request<'_>) -> Result<Pending, Error> {
             Rootfs::Mounts(mounts) => Some(mounts),
         },
         trees,
+        mount_label: &spec.linux.mount_label,
         maps: namespaces.maps.as_ref(),
         user: namespaces.user.as_ref().map(AsFd::as_fd),
         cgroup: cgroup.get()?,
@@ -196,7 +197,7 @@ struct Child {
 struct Made(Option<Cgroup>);
 
 /// How long a removal waits for killed processes to leave.
-const REMOVAL: Duration = Duration::from_secs(2);
+const REMOVAL: Duration = Duration::from_secs(1);
 
 impl Made {
     fn get(&self) -> Result<&Cgroup, Error> {
@@ -271,7 +272,7 @@ impl Pending {
                     child.channel.go().at(Step::Channel, "container process")?;
                 }
                 Some(Report::Failed(failure)) => return Err(failure.into()),
-                Some(Report::HookFailed(why)) => return Err(hook_failed(why)),
+                Some(Report::HookFailed(text)) => return Err(Error::HookInside(text)),
                 Some(Report::Ready) => break,
                 Some(Report::Executing) | None => return Err(Error::Died { waiting_for }),
             }
@@ -301,7 +302,7 @@ impl Child {
     /// The first child has prepared the way for the real one, and is about to end.
     fn follow_fork(&mut self, pidfd: OwnedFd) -> Result<(), Failure> {
         let first = std::mem::replace(&mut self.pidfd, pidfd);
-        kernel::reap(first, 2000);
+        kernel::reap(first, 1000);
         self.pid = pid(self.pidfd.as_fd()).at(Step::Wait, "container process")?;
         Ok(())
     }
@@ -392,7 +393,7 @@ pub(crate) fn executed(
             Some(Report::Warning(text)) => warnings.push(text),
             Some(Report::Terminal(master)) => *pty = Some(master),
             Some(Report::Failed(failure)) => return Err(failure.into()),
-            Some(Report::HookFailed(why)) => return Err(hook_failed(why)),
+            Some(Report::HookFailed(text)) => return Err(Error::HookInside(text)),
             None if *executing => return Ok(Some(())),
             None => return Err(Error::Died { waiting_for: "started" }),
             // Of no meaning here; an exec says it too.
@@ -401,17 +402,13 @@ pub(crate) fn executed(
     }
 }
 
-fn hook_failed(why: String) -> Error {
-    Error::Hook { kind: "container", path: String::new(), why }
-}
-
 /// Waits for a word of a child that has nothing else to report than that it is ready, or that it forked.
 pub(crate) fn ready(channel: &Channel, pidfd: &mut OwnedFd, milliseconds: i64) -> Result<(), Error> {
     loop {
         poll(channel.as_fd(), milliseconds).at(Step::Wait, "child")?;
         match channel.receive().at(Step::Wait, "child")? {
             Some(Report::Ready) => return Ok(()),
-            Some(Report::Forked(second)) => kernel::reap(std::mem::replace(pidfd, second), 2000),
+            Some(Report::Forked(second)) => kernel::reap(std::mem::replace(pidfd, second), 1000),
             Some(Report::Failed(failure)) => return Err(failure.into()),
             _ => return Err(Error::Died { waiting_for: "ready" }),
         }

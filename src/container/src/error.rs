@@ -42,6 +42,9 @@ pub enum Error {
         /// What happened.
         why: String,
     },
+    /// The same, of a hook that runs in the container; the text says all three.
+    #[error("{0}")]
+    HookInside(String),
     /// The child did not come this far in time; it was killed.
     #[error("container did not become {waiting_for} in time")]
     Deadline {
@@ -133,6 +136,7 @@ steps! {
     Sysctl "set sysctl",
     Hostname "set host name",
     Loopback "bring up interface",
+    Session "begin session of",
     Terminal "open terminal",
     Stdio "set up standard stream",
     Cwd "change directory to",

@@ -43,7 +43,7 @@ pub fn spawn(request: Request<'_>) -> Result<Pending, Error> {
     let maps = IdMaps { uid: spec.linux.uid_mappings.clone(), gid: spec.linux.gid_mappings.clone() };
     let maps = (namespaces & CLONE_NEWUSER != 0 && !maps.uid.is_empty()).then_some(maps);
     let streams = stdio.streams(wanted, maps.as_ref())?;
-    let process = Process::new(wanted, filter, streams, &mut warnings)?;
+    let process = Process::new(wanted, spec.linux.personality.as_ref(), filter, streams, &mut warnings)?;
     let procfs = create::private_procfs(wanted, false)?;
     let (parent, child) = Channel::pair().at(Step::Channel, "exec")?;
     let init = rustix::io::fcntl_dupfd_cloexec(init, 3).at(Step::Namespace, "of the container")?;

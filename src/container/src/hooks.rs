@@ -49,15 +49,13 @@ impl Hooks {
     }
 
     /// Child: in the container's namespaces, with the host's paths.
-    pub(crate) fn create_container(&self) -> Result<(), String> {
-        let pid = std::process::id();
-        self.all("createContainer", &self.hooks.create_container, "creating", pid).map_err(|e| e.to_string())
+    pub(crate) fn create_container(&self) -> Result<(), Error> {
+        self.all("createContainer", &self.hooks.create_container, "creating", std::process::id())
     }
 
     /// Child: in the container, before the exec.
-    pub(crate) fn start_container(&self) -> Result<(), String> {
-        let pid = std::process::id();
-        self.all("startContainer", &self.hooks.start_container, "created", pid).map_err(|e| e.to_string())
+    pub(crate) fn start_container(&self) -> Result<(), Error> {
+        self.all("startContainer", &self.hooks.start_container, "created", std::process::id())
     }
 
     /// Parent: the container runs.

@@ -233,6 +233,19 @@ fn fs_ids(uid: u32, gid: u32) {
     }
 }
 
+/// keyctl(2): a new, anonymous session keyring.
+pub(crate) fn new_keyring() -> Result<()> {
+    const JOIN_SESSION_KEYRING: u32 = 1;
+    // SAFETY: a null name asks for an anonymous one.
+    check(unsafe { libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, std::ptr::null::<u8>()) }).map(drop)
+}
+
+/// personality(2).
+pub(crate) fn set_personality(persona: u64) -> Result<()> {
+    // SAFETY: takes a number.
+    check(unsafe { libc::syscall(libc::SYS_personality, persona) }).map(drop)
+}
+
 /// prctl(2), PR_SET_NAME: what `ps` shows.
 pub(crate) fn prctl_name(name: &CStr) -> Result<()> {
     // SAFETY: reads a C string of at most 16 bytes.
@@ -304,7 +317,7 @@ pub(crate) fn own_namespace(kind: &str) -> Result<OwnedFd> {
 /// Kills the process and waits for it, but not for ever: one that hangs in the kernel is left to the reaper.
 pub(crate) fn kill_and_reap(pidfd: impl AsFd) {
     let _ = rustix::process::pidfd_send_signal(pidfd.as_fd(), rustix::process::Signal::KILL);
-    reap(pidfd, 2000);
+    reap(pidfd, 1000);
 }
 
 /// Waits for a child that is about to end.

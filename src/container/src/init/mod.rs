@@ -33,7 +33,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use rustix::io::Errno;
 
 use crate::capability;
-use crate::error::{At, Failure, Step};
+use crate::error::{At, Error, Failure, Step};
 use crate::hooks::Hooks;
 use crate::kernel::{self, CLONE_NEWCGROUP, CLONE_NEWUSER, CLONE_PARENT, Cloned};
 use crate::{namespace, rootfs};
@@ -71,7 +71,7 @@ pub(crate) struct ExecPlan {
 /// Why the child gives up.
 enum End {
     Failed(Failure),
-    Hook(String),
+    Hook(Error),
 }
 
 impl From<Failure> for End {
@@ -95,7 +95,7 @@ pub(crate) fn another(plan: &ExecPlan) -> ! {
 fn give_up(channel: &Channel, end: End) -> ! {
     let _ = channel.send(&match end {
         End::Failed(failure) => Report::Failed(failure),
-        End::Hook(why) => Report::HookFailed(why),
+        End::Hook(error) => Report::HookFailed(error.to_string()),
     });
     // What a shell says of a command that it could not run.
     kernel::exit(127)

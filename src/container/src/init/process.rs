@@ -62,6 +62,7 @@ impl Process {
     /// was left out.
     pub(crate) fn new(
         process: &spec::Process,
+        personality: Option<&spec::Personality>,
         seccomp: Option<Program>,
         streams: Streams,
         warnings: &mut Vec<String>,
@@ -110,7 +111,7 @@ impl Process {
             capabilities,
             no_new_privileges: process.no_new_privileges,
             limits: Limit::all(&process.rlimits)?,
-            scheduling: Scheduling::new(process)?,
+            scheduling: Scheduling::new(process, personality)?,
             label: Label::new(process)?,
             seccomp,
             streams,
@@ -145,9 +146,14 @@ impl Process {
         self.scheduling.set_affinity()
     }
 
-    /// A session of its own, and the session keyring of nobody else.
+    /// A session of its own, and a session keyring that is not the parent's, whose keys would be ours to read.
     pub(super) fn new_session(&self) -> Result<(), Failure> {
-        rustix::process::setsid().at(Step::Terminal, "session").map(drop)
+        rustix::process::setsid().at(Step::Session, "container process")?;
+        match kernel::new_keyring() {
+            // A kernel without keyrings has none to share.
+            Err(Errno::NOSYS) => Ok(()),
+            other => other.at(Step::Session, "keyring of container process"),
+        }
     }
 
     /// The pty of the container's own devpts, also mounted at `/dev/console`.
@@ -274,7 +280,7 @@ mod tests {
             spec::Process { args: vec!["true".into()], cwd: "/".into(), ..spec::Process::default() };
         change(&mut process);
         let streams = Streams::Terminal { width: 0, height: 0 };
-        Process::new(&process, None, streams, &mut Vec::new())
+        Process::new(&process, None, None, streams, &mut Vec::new())
     }
 
     #[test]

@@ -98,7 +98,7 @@ fn become_reaper(channel: &Channel, user: Option<BorrowedFd<'_>>, flags: u64) ->
         // The second clone cleared what the first one ignored.
         kernel::ignore_signals();
     }
-    rustix::process::setsid().at(Step::Terminal, "session")?;
+    rustix::process::setsid().at(Step::Session, "reaper")?;
     kernel::prctl_name(c"reaper").at(Step::Descriptors, "reaper")?;
     let host = kernel::open_path(Path::new("/")).at(Step::Rootfs, "/")?;
     kernel::mount_setattr(host.as_fd(), true, MountAttr::propagation(libc::MS_SLAVE))

@@ -3,7 +3,7 @@
 use rustix::io::Errno;
 
 use crate::error::{At, Error, Failure, Step};
-use crate::kernel::{Result, check};
+use crate::kernel::{self, Result, check};
 use crate::spec;
 
 #[derive(Debug, Default, PartialEq)]
@@ -11,6 +11,7 @@ pub(crate) struct Scheduling {
     policy: Option<SchedAttr>,
     io: Option<u32>,
     cpus: Option<Vec<usize>>,
+    personality: Option<u64>,
 }
 
 /// `struct sched_attr`, version 0 (sched_setattr(2)).
@@ -29,7 +30,10 @@ struct SchedAttr {
 const _: () = assert!(size_of::<SchedAttr>() == 48);
 
 impl Scheduling {
-    pub(crate) fn new(process: &spec::Process) -> std::result::Result<Scheduling, Error> {
+    pub(crate) fn new(
+        process: &spec::Process,
+        personality: Option<&spec::Personality>,
+    ) -> std::result::Result<Scheduling, Error> {
         let cpus = process.exec_cpu_affinity.as_ref().map(|wanted| {
             let list = if wanted.last.is_empty() { &wanted.initial } else { &wanted.last };
             cpus(list).ok_or_else(|| Error::Invalid(format!("CPU list {list:?}")))
@@ -38,6 +42,7 @@ impl Scheduling {
             policy: process.scheduler.as_ref().map(policy).transpose()?,
             io: process.io_priority.as_ref().map(io_priority).transpose()?,
             cpus: cpus.transpose()?,
+            personality: personality.map(persona).transpose()?,
         })
     }
 
@@ -52,6 +57,9 @@ impl Scheduling {
             // SAFETY: ioprio_set(2) takes integers.
             check(unsafe { libc::syscall(libc::SYS_ioprio_set, WHO_PROCESS, 0, priority) })
                 .at(Step::Scheduler, "I/O of container process")?;
+        }
+        if let Some(persona) = self.personality {
+            kernel::set_personality(persona).at(Step::Personality, "container process")?;
         }
         Ok(())
     }
@@ -109,6 +117,15 @@ fn policy(wanted: &spec::Scheduler) -> std::result::Result<SchedAttr, Error> {
         deadline: wanted.deadline,
         period: wanted.period,
     })
+}
+
+/// The specification knows two domains and no flags.
+fn persona(wanted: &spec::Personality) -> std::result::Result<u64, Error> {
+    match (wanted.domain.as_str(), wanted.flags.as_slice()) {
+        ("LINUX", []) => Ok(0),
+        ("LINUX32", []) => Ok(8),
+        _ => Err(Error::Invalid(format!("personality {:?} {:?}", wanted.domain, wanted.flags))),
+    }
 }
 
 /// Class in the upper bits, level in the lower (ioprio_set(2)).

@@ -60,7 +60,7 @@ pub(crate) struct Plan {
 /// What the root is made of.
 #[derive(Debug)]
 enum Base {
-    Bind { source: PathBuf, idmap: bool },
+    Bind { source: PathBuf, options: Options, idmap: bool },
     Overlay(overlay::Plan),
 }
 
@@ -114,6 +114,8 @@ pub(crate) struct Given<'a> {
     pub(crate) bundle: &'a Path,
     pub(crate) rootfs: Option<Vec<Mount>>,
     pub(crate) trees: Vec<(PathBuf, OwnedFd)>,
+    /// SELinux: `linux.mountLabel`.
+    pub(crate) mount_label: &'a str,
     pub(crate) maps: Option<&'a IdMaps>,
     pub(crate) user: Option<BorrowedFd<'a>>,
     pub(crate) cgroup: &'a crate::cgroup::Cgroup,
@@ -215,11 +217,15 @@ impl Plan {
         match &self.base {
             Base::Overlay(overlay) if overlay.idmap => Ok(None),
             Base::Overlay(overlay) => overlay.mount().map(Some),
-            Base::Bind { source, idmap } => {
+            Base::Bind { source, options, idmap } => {
                 let tree = mount::clone(source, true).at(Step::Rootfs, source.display())?;
                 if let (true, Some(user)) = (*idmap, &self.user) {
                     mount_setattr(tree.as_fd(), false, MountAttr::idmap(user.as_fd()))
                         .at(Step::IdMapMount, source.display())?;
+                }
+                if options.attr != MountAttr::default() {
+                    mount_setattr(tree.as_fd(), false, options.attr)
+                        .at(Step::MountAttributes, source.display())?;
                 }
                 Ok(Some(tree))
             }
@@ -419,17 +425,18 @@ fn base(spec: &Spec, bundle: &Path, rootfs: Option<Vec<Mount>>) -> Result<Base, 
         if path.is_empty() {
             return Err(Error::Invalid("root.path is empty".into()));
         }
-        return Ok(Base::Bind { source: bundle.join(path), idmap: false });
+        return Ok(Base::Bind { source: bundle.join(path), options: Options::default(), idmap: false });
     };
     let (Some(mount), true) = (mounts.pop(), mounts.is_empty()) else {
         return Err(Error::Invalid("the rootfs must be exactly one mount".into()));
     };
     match mount.kind.as_str() {
         "overlay" => Ok(Base::Overlay(overlay::Plan::new(&mount.options)?)),
-        "bind" | "rbind" | "" | "none" => Ok(Base::Bind {
-            source: mount.source.clone().into(),
-            idmap: overlay::wants_idmap(&mount.options),
-        }),
+        "bind" | "rbind" | "" | "none" => {
+            let options = Options::parse(mount.options.iter().map(String::as_str));
+            let idmap = overlay::wants_idmap(&mount.options);
+            Ok(Base::Bind { source: mount.source.into(), options, idmap })
+        }
         other => Err(Error::Invalid(format!("rootfs of type {other:?}"))),
     }
 }
@@ -465,6 +472,9 @@ fn entry(mount: &spec::Mount, given: &mut Given<'_>) -> Result<Entry, Error> {
         kind => What::New { kind: kind.to_owned(), source: mount.source.clone() },
     };
     let mut options = options;
+    if labelled(&what) && !given.mount_label.is_empty() {
+        options.data.push(("context".into(), Some(given.mount_label.into())));
+    }
     if mount.kind == "rbind" {
         options.bind = Some(options::Bind { recursive: true });
     } else if matches!(what, What::Bind(_)) && options.bind.is_none() {
@@ -481,6 +491,16 @@ fn entry(mount: &spec::Mount, given: &mut Given<'_>) -> Result<Entry, Error> {
         return Err(Error::Invalid(format!("tmpcopyup on {destination:?} is not supported")));
     }
     Ok(Entry { destination, what, options, idmap })
+}
+
+/// File systems whose files carry a label for the whole mount (mount(8), `context=`). procfs, sysfs and their kin
+/// have labels of their own.
+fn labelled(what: &What) -> bool {
+    match what {
+        What::Dev => true,
+        What::New { kind, .. } => matches!(kind.as_str(), "tmpfs" | "devpts" | "ramfs"),
+        _ => false,
+    }
 }
 
 /// The user namespace whose mapping an id-mapped mount uses: the container's, or one made for this mount.

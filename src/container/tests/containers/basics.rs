@@ -71,6 +71,13 @@ pub(crate) fn a_missing_program_is_reported_under_the_strictest_filter(lab: &Lab
     assert!(matches!(container.run(), Err(Error::Exec { reason: Reason::NotFound, .. })));
 }
 
+pub(crate) fn an_exec_in_a_container_that_has_ended_fails(lab: &Lab) {
+    let (running, _created) = lab.container(&["true"]).start().unwrap();
+    crate::lab::readable(std::os::fd::AsFd::as_fd(&running.pidfd), soon());
+    let error = running.exec(&running.like_init(&["true"])).unwrap_err();
+    assert!(matches!(error, Error::Failed { step: container::error::Step::Namespace, .. }), "{error}");
+}
+
 pub(crate) fn a_container_that_was_not_waited_for_leaves_nothing(lab: &Lab) {
     let Container { id, bundle, spec, rootfs, join, trees, .. } = lab.container(&["true"]);
     let request = Request {

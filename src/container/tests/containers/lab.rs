@@ -76,7 +76,16 @@ impl Lab {
                 format!("workdir={}/work", bundle.display()),
             ],
         }]);
-        Container { lab: self, id, bundle, spec, rootfs, join: Join::default(), trees: Vec::new() }
+        Container {
+            lab: self,
+            id,
+            bundle,
+            spec,
+            rootfs,
+            join: Join::default(),
+            trees: Vec::new(),
+            host: self.host.clone(),
+        }
     }
 
     /// A shell command in a container.
@@ -150,6 +159,7 @@ pub(crate) struct Container<'a> {
     pub(crate) rootfs: Rootfs,
     pub(crate) join: Join<'a>,
     pub(crate) trees: Vec<(PathBuf, OwnedFd)>,
+    pub(crate) host: Host,
 }
 
 impl<'a> Container<'a> {
@@ -168,9 +178,9 @@ impl<'a> Container<'a> {
     }
 
     pub(crate) fn create(self, stdio: Stdio) -> Result<(Running<'a>, Created), Error> {
-        let Container { lab, id, bundle, spec, rootfs, join, trees } = self;
+        let Container { lab, id, bundle, spec, rootfs, join, trees, host } = self;
         let request =
-            Request { id: &id, spec: &spec, bundle: &bundle, rootfs, join, trees, stdio, cgroups: &lab.host };
+            Request { id: &id, spec: &spec, bundle: &bundle, rootfs, join, trees, stdio, cgroups: &host };
         let created = create(request)?.finish(soon())?;
         let pidfd = rustix::io::dup(&created.pidfd).unwrap();
         let running = Running { lab, id, spec, pid: created.pid, pidfd };

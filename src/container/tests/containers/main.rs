@@ -37,6 +37,7 @@ const TESTS: &[Test] = facts! {
         a_program_that_cannot_be_executed_fails_the_start,
         a_program_that_cannot_be_executed_fails_the_exec,
         a_missing_program_is_reported_under_the_strictest_filter,
+        an_exec_in_a_container_that_has_ended_fails,
         a_container_that_was_not_waited_for_leaves_nothing,
         a_container_that_was_never_started_ends_by_itself,
         a_child_that_is_killed_on_its_way_is_told_from_one_that_failed,
@@ -65,6 +66,7 @@ const TESTS: &[Test] = facts! {
         the_process_can_open_its_own_streams_again,
         s08_streams_that_nobody_gave_are_the_null_device_of_the_host,
         scheduling_is_as_asked,
+        the_personality_is_as_asked,
         an_exec_runs_on_the_cpus_it_asks_for,
         s11_the_child_cannot_be_traced_before_its_exec,
         a_terminal_is_the_containers_own,
@@ -91,8 +93,10 @@ const TESTS: &[Test] = facts! {
         read_only_paths_refuse_writes,
         s09_a_read_only_root_is_read_only_from_the_hosts_side_too,
         the_bundles_own_root_is_used_in_place,
+        a_root_that_is_bound_obeys_its_options,
         layers_lie_on_each_other,
         the_root_propagates_as_asked,
+        the_container_is_born_in_its_cgroup_and_sees_it_as_the_root,
         the_container_sees_its_own_cgroup_and_cannot_write,
     ;
     namespaces:

@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 
+use container::cgroup::Host;
 use container::error::{Errno, Step};
 use container::spec::{Device, IdMapping, Mount};
 use container::{Error, Rootfs, rootfs};
@@ -283,6 +284,17 @@ pub(crate) fn the_bundles_own_root_is_used_in_place(lab: &Lab) {
     assert!(root.join("made-here").exists());
 }
 
+pub(crate) fn a_root_that_is_bound_obeys_its_options(lab: &Lab) {
+    let mut container = lab.sh("touch /x 2>&1 | grep -c Read-only");
+    container.rootfs = Rootfs::Mounts(vec![rootfs::Mount {
+        kind: "bind".into(),
+        source: lab.image().to_str().unwrap().into(),
+        options: vec!["rbind".into(), "ro".into()],
+    }]);
+    container.spec.mounts.retain(|mount| !["/dev/shm", "/dev/mqueue"].contains(&mount.destination.as_str()));
+    assert_eq!(container.says(), "1");
+}
+
 pub(crate) fn layers_lie_on_each_other(lab: &Lab) {
     let top = lab.directory();
     fs::create_dir(top.join("etc")).unwrap();
@@ -304,6 +316,25 @@ pub(crate) fn the_root_propagates_as_asked(lab: &Lab) {
         let tags = said.split(" - ").next().unwrap().split(' ').skip(6).collect::<Vec<_>>().join(" ");
         assert!(tags.starts_with(wanted) && tags.is_empty() == wanted.is_empty(), "{word}: {said}");
     }
+}
+
+/// On a host that has cgroup v2 alone, which its tree on a hybrid host can stand for.
+pub(crate) fn the_container_is_born_in_its_cgroup_and_sees_it_as_the_root(lab: &Lab) {
+    let Some(tree) = lab.host.trees().iter().find(|tree| tree.unified) else { return };
+    let host = Host::unified_at(&tree.mount).unwrap();
+    let script = "cat /proc/self/cgroup | grep ^0; grep ' /sys/fs/cgroup ' /proc/self/mountinfo; cd /sys/fs/cgroup; grep -cx 1 cgroup.procs; touch x 2>&1; mkdir y 2>&1; echo 1 2>&1 > cgroup.procs";
+    let mut container = lab.sh(script);
+    container.host = host;
+    let output = container.run().unwrap();
+    let (said, refused) = (output.stdout, output.stderr);
+    let lines: Vec<_> = said.lines().collect();
+    assert_eq!((lines[0], lines[2]), ("0::/", "1"), "{said}");
+    assert!(lines[1].contains(" ro,nosuid,nodev,noexec,relatime - cgroup2 "), "{said}");
+    assert_eq!(
+        said.matches("Read-only").count() + refused.matches("Read-only").count(),
+        3,
+        "{said}{refused}"
+    );
 }
 
 pub(crate) fn the_container_sees_its_own_cgroup_and_cannot_write(lab: &Lab) {

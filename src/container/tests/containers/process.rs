@@ -335,6 +335,15 @@ pub(crate) fn scheduling_is_as_asked(lab: &Lab) {
     }
 }
 
+pub(crate) fn the_personality_is_as_asked(lab: &Lab) {
+    let change = |spec: &mut container::Spec| {
+        spec.linux.personality = Some(spec::Personality { domain: "LINUX32".into(), flags: vec![] });
+    };
+    assert_eq!(lab.sh("cat /proc/self/personality").with(change).says(), "00000008");
+    let (running, _created) = lab.container(&["sleep", "1000"]).with(change).start().unwrap();
+    assert_eq!(running.exec_says("cat /proc/self/personality"), "00000008");
+}
+
 pub(crate) fn an_exec_runs_on_the_cpus_it_asks_for(lab: &Lab) {
     let (running, _created) = lab.container(&["sleep", "1000"]).start().unwrap();
     let mut process = running.like_init(&["cat", "/proc/self/status"]);
