@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr, TcpStream};
-use std::path::PathBuf;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use cri_api::v1::*;
 use runtime_tests::bed::Bed;
-use runtime_tests::client::{container, host_pod, pod, refused};
+use runtime_tests::client::{Reply, host_pod, pod};
 use runtime_tests::daemon::Network;
 use runtime_tests::image::catalog;
 use runtime_tests::registry::free_port;
@@ -221,24 +222,51 @@ async fn without_a_cni_configuration_only_host_network_pods_run() -> Result<()> 
     Ok(())
 }
 
+/// Fails to add, and has nothing to delete.
+const BROKEN: &str = r#"#!/bin/sh
+case "$CNI_COMMAND" in
+ADD) echo '{"cniVersion":"1.0.0","code":100,"msg":"broken on purpose"}'; exit 1;;
+VERSION) echo '{"cniVersion":"1.0.0","supportedVersions":["1.0.0"]}';;
+esac
+"#;
+
 #[tokio::test]
 async fn a_plugin_that_fails_fails_the_pod_and_leaves_nothing() -> Result<()> {
-    let mut bed = bed(cni()).await?;
+    let plugins = tempfile::tempdir()?;
+    for plugin in ["bridge", "host-local", "portmap"] {
+        std::os::unix::fs::symlink(Path::new("/usr/lib/cni").join(plugin), plugins.path().join(plugin))?;
+    }
+    let broken = plugins.path().join("broken");
+    std::fs::write(&broken, BROKEN)?;
+    std::fs::set_permissions(&broken, std::fs::Permissions::from_mode(0o755))?;
+    let mut bed = bed(Network::Cni(plugins.path().to_owned())).await?;
     let conf = bed.daemon.dir().join("net.d/10-crisp.conflist");
-    let kept = std::fs::read_to_string(&conf)?;
+    let good = std::fs::read_to_string(&conf)?;
     let before = bed.daemon.traces();
-    // The bridge is made, an address is taken, and then the chain breaks.
-    let broken = kept.replace("\"portmap\"", "\"no-such-plugin\"");
-    ensure!(broken != kept, "the configuration has no portmap");
-    std::fs::write(&conf, broken)?;
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    let status = refused(bed.client.run_pod(&pod("broken")).await)?;
-    ensure!(status.message().contains("no-such-plugin"), "{status:?}");
-    std::fs::write(&conf, kept)?;
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    let works = bed.pod("broken").await?;
-    let inner = container("c", catalog::SMALL, "exit 0");
-    works.output(&inner).await?;
-    works.remove().await?;
+    // The link is made, an address is taken, and then the chain breaks.
+    let bad = good.replace("\"portmap\"", "\"broken\"");
+    ensure!(bad != good, "the configuration has no portmap");
+    std::fs::write(&conf, bad)?;
+    let refused = eventually(&bed, |outcome| outcome.is_err()).await?;
+    ensure!(
+        refused.err().is_some_and(|s| s.message().contains("broken on purpose")),
+        "the cause is not told"
+    );
+    std::fs::write(&conf, good)?;
+    eventually(&bed, |outcome| outcome.is_ok()).await?.context("a pod on the repaired network")?;
+    bed.client.remove_all_pods().await?;
     bed.nothing_left(&before)
+}
+
+/// Runs pods until one comes out as wanted: a changed configuration is noticed in a moment, not at once.
+async fn eventually(bed: &Bed, wanted: impl Fn(&Reply<String>) -> bool) -> Result<Reply<String>> {
+    for number in 0..250 {
+        let outcome = bed.client.run_pod(&pod(&format!("try{number}"))).await;
+        if wanted(&outcome) {
+            return Ok(outcome);
+        }
+        bed.client.remove_all_pods().await?;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    anyhow::bail!("the configuration was never taken over")
 }
