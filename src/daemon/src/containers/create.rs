@@ -68,6 +68,15 @@ async fn make(
     }
 }
 
+/// Pid mode TARGET reaches a container of the same pod and nobody else's.
+fn same_pod(daemon: &Daemon, pod: &Pod, target: &str) -> Result<()> {
+    let there = || daemon.containers.get(target).is_some_and(|container| container.pod.id == pod.id);
+    if !target.is_empty() && !there() {
+        return Err(Fault::invalid(format!("pid target {target} is no container of pod {}", pod.id)));
+    }
+    Ok(())
+}
+
 async fn build(
     daemon: &Arc<Daemon>,
     pod: &Arc<Pod>,
@@ -86,6 +95,8 @@ async fn build(
         let (pod, config, id, settings) = (pod.clone(), config.clone(), id.to_string(), settings.clone());
         bounded(move || look(&pod, &config, &id, &parts, &mounted, &settings)).await??
     };
+
+    same_pod(daemon, pod, &made.joins.pid_of)?;
 
     let user = made.user.to_cri().linux.unwrap_or_default();
     let facts = Facts {
