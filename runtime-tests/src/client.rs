@@ -297,18 +297,12 @@ pub fn refused<T: std::fmt::Debug>(reply: Reply<T>) -> Result<Status> {
 /// Asserts that a call fails with a code and a message that names something.
 #[track_caller]
 pub fn refused_with<T: std::fmt::Debug>(reply: Reply<T>, code: Code, says: &str) -> Result<()> {
+    let at = std::panic::Location::caller();
     let status = refused(reply)?;
-    anyhow::ensure!(
-        status.code() == code,
-        "code {:?} instead of {code:?}: {}",
-        status.code(),
-        status.message()
-    );
-    anyhow::ensure!(
-        status.message().to_lowercase().contains(&says.to_lowercase()),
-        "the message does not say {says:?}: {}",
-        status.message()
-    );
+    let message = status.message();
+    anyhow::ensure!(status.code() == code, "{at}: code {:?} instead of {code:?}: {message}", status.code());
+    let said = message.to_lowercase().contains(&says.to_lowercase());
+    anyhow::ensure!(said, "{at}: the message does not say {says:?}: {message}");
     Ok(())
 }
 
