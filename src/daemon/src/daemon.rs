@@ -8,6 +8,7 @@ use std::{
 
 use image::Images;
 use network::Network;
+use tokio::sync::Semaphore;
 
 use crate::{
     calls::Calls,
@@ -30,6 +31,9 @@ pub const NETNS: &str = "netns";
 /// FIFOs of commands, below the state directory.
 pub const IO: &str = "io";
 
+/// So many threads at most look at host paths; far fewer than there can be, for others need some.
+const LOOKS: usize = 128;
+
 /// One per process, behind an Arc.
 pub struct Daemon {
     config: Lock<Arc<Config>>,
@@ -46,6 +50,8 @@ pub struct Daemon {
     pub attachments: Attachments,
     /// The shim's program of each runtime handler.
     programs: Lock<BTreeMap<String, Arc<Program>>>,
+    /// Seats of those who look at host paths, which may hang.
+    pub looks: Arc<Semaphore>,
     /// Ids of objects that are being made.
     births: Lock<HashSet<String>>,
     /// The host's name, as pods with its network get it.
@@ -69,6 +75,7 @@ impl Daemon {
             network: parts.network,
             programs: Lock::new(parts.programs),
             attachments: Attachments::default(),
+            looks: Arc::new(Semaphore::new(LOOKS)),
             births: Lock::default(),
             hostname: host::get().hostname.clone(),
             pods: Table::default(),

@@ -93,12 +93,18 @@ fn main() -> Result<()> {
             let config = load(&arguments)?;
             log(&config)?;
             tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(workers())
                 .enable_all()
                 .build()
                 .context("start the runtime")?
                 .block_on(run(arguments, config))
         }
     }
+}
+
+/// As many as there are processors, up to what a node's worth of calls can use: each costs memory.
+fn workers() -> usize {
+    std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8)
 }
 
 fn load(arguments: &Arguments) -> Result<Config> {
@@ -167,8 +173,9 @@ async fn run(arguments: Arguments, config: Config) -> Result<()> {
 /// More descriptors than a shell gives, and a place in the queue of the OOM killer; both as far as permitted.
 fn limits(config: &Config) {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let maximum = getrlimit(Resource::Nofile).maximum;
-    if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+    let before = getrlimit(Resource::Nofile);
+    shim::descriptors(before.clone());
+    if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: before.maximum, ..before }) {
         warn!(error = %e, "raise the limit of descriptors");
     }
     if let Err(e) = std::fs::write("/proc/self/oom_score_adj", config.oom_score.to_string()) {

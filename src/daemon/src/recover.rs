@@ -275,14 +275,15 @@ async fn reach(daemon: &Arc<Daemon>, pod: &Arc<Pod>) {
     }
 }
 
-/// Removes what belongs to nobody: the remains of work whose record was never written, or is damaged.
+/// Removes what belongs to nobody: the remains of work whose record was never written, or is damaged. What is being
+/// made is asked for first: an object is in its table before it ceases to be made.
 async fn collect(daemon: &Arc<Daemon>) {
     let state = daemon.config().state.clone();
-    for id in strangers(&state.join(PODS), |id| daemon.pods.get(id).is_some() || daemon.making(id)).await {
+    for id in strangers(&state.join(PODS), |id| daemon.making(id) || daemon.pods.get(id).is_some()).await {
         orphan(daemon, &state.join(PODS).join(&id), &id).await;
     }
     let held: HashSet<String> = daemon.attachments.pods().into_iter().collect();
-    let owned = |id: &str| daemon.pods.get(id).is_some() || daemon.making(id) || held.contains(id);
+    let owned = |id: &str| daemon.making(id) || daemon.pods.get(id).is_some() || held.contains(id);
     for id in strangers(&state.join(NETNS), owned).await {
         let path = state.join(NETNS).join(&id);
         match blocking(move || netns::remove(&path)).await {
@@ -291,7 +292,7 @@ async fn collect(daemon: &Arc<Daemon>) {
         }
     }
     for key in daemon.images.snapshots() {
-        if daemon.containers.get(&key).is_none() && !daemon.making(&key) {
+        if !daemon.making(&key) && daemon.containers.get(&key).is_none() {
             match daemon.images.release(&key).await {
                 Ok(()) => info!(container = key, "writable layer of nobody removed"),
                 Err(e) => warn!(container = key, error = %e, "remove writable layer of nobody"),
@@ -309,7 +310,7 @@ async fn collect(daemon: &Arc<Daemon>) {
 /// Directories of image volumes without a container.
 async fn volumes(daemon: &Arc<Daemon>) {
     let root = daemon.config().root.clone();
-    let owned = |id: &str| daemon.containers.get(id).is_some() || daemon.making(id);
+    let owned = |id: &str| daemon.making(id) || daemon.containers.get(id).is_some();
     for id in strangers(&root.join("volumes"), owned).await {
         let root = root.clone();
         if let Err(e) = blocking(move || containers::spec::volumes::remove(&root, &id)).await {

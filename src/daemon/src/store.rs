@@ -124,12 +124,16 @@ impl Store {
         outcome.await.map_err(|_| Error::Gone)?
     }
 
-    pub async fn put(&self, row: Row) -> Result<(), Error> {
-        self.apply(vec![Change::Put(row)]).await
+    /// As [`Store::apply`] for what ends an object: it is ended whether or not there is space to write so, and a new
+    /// daemon that reads the old row ends it again.
+    pub async fn forget(&self, changes: Vec<Change>) {
+        if let Err(e) = self.apply(changes).await {
+            error!(error = %e, "an ending could not be kept: a new daemon will repeat it");
+        }
     }
 
-    pub async fn drop(&self, kind: Kind, id: &str) -> Result<(), Error> {
-        self.apply(vec![Change::Drop(kind, id.into())]).await
+    pub async fn put(&self, row: Row) -> Result<(), Error> {
+        self.apply(vec![Change::Put(row)]).await
     }
 
     /// Keeps a row soon, in order with the other changes. For what can also be read from the run directory.
@@ -314,7 +318,7 @@ mod tests {
             .apply(vec![Change::Put(row("a")), Change::Put(row("b")), Change::Put(attachment.clone())])
             .await
             .unwrap();
-        store.drop(Kind::Pod, "b").await.unwrap();
+        store.forget(vec![Change::Drop(Kind::Pod, "b".into())]).await;
         store.put_later(row("c"));
         store.put(row("d")).await.unwrap();
         assert_eq!(reopened(&path), [row("a"), row("c"), row("d"), attachment]);

@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, fs, os::unix::fs::DirBuilderExt, path::PathBuf,
 
 use cri_api::v1::{self, ContainerEventType};
 use image::Image;
-use tokio::time::{Duration, timeout};
+use tokio::{
+    sync::Semaphore,
+    time::{Duration, timeout},
+};
 use tracing::{info, warn};
 
 use super::{Container, Facts, record, spec};
@@ -15,6 +18,7 @@ use crate::{
     error::{Fault, Result},
     events,
     pods::Pod,
+    store::{Change, Kind},
 };
 
 /// How long looking at the host's files may take: a mount source can lie on a file system that hangs.
@@ -56,9 +60,15 @@ async fn make(
         Ok(container) => {
             let container = Arc::new(container);
             daemon.containers.insert(&id, container.clone());
-            // A stop of the pod that ran meanwhile did not see the container; a removal of the pod will.
+            // Looked at again when all can see the container: a stop or removal of the pod either sees it too, or
+            // has told by now that there is no pod to be in.
+            if !pod.ready() {
+                daemon.containers.remove(&id);
+                unmake(&daemon, &pod, &id).await;
+                return Err(Fault::PodNotReady(pod.id.clone()).into());
+            }
             events::emit(&daemon, ContainerEventType::ContainerCreatedEvent, &container);
-            info!(container = %id, pod = %pod.id, name, "container created");
+            info!(container = %id, pod = %pod.id, name = container.metadata().name, "container created");
             Ok(id)
         }
         Err(error) => {
@@ -93,7 +103,8 @@ async fn build(
     let parts = parts(image_name.clone(), &image, snapshot.lower);
     let made = {
         let (pod, config, id, settings) = (pod.clone(), config.clone(), id.to_string(), settings.clone());
-        bounded(move || look(&pod, &config, &id, &parts, &mounted, &settings)).await??
+        let seats = [daemon.looks.clone(), pod.looks.clone()];
+        bounded(seats, move || look(&pod, &config, &id, &parts, &mounted, &settings)).await??
     };
 
     same_pod(daemon, pod, &made.joins.pid_of)?;
@@ -131,14 +142,29 @@ async fn unmake(daemon: &Arc<Daemon>, pod: &Pod, id: &str) {
     if let Err(e) = removed {
         warn!(container = id, error = %e, "undoing a failed container: its volumes stay until the next start");
     }
+    daemon.store.forget(vec![Change::Drop(Kind::Container, id.into())]).await;
     if let Err(e) = daemon.images.release(id).await {
         warn!(container = id, error = %e, "undoing a failed container: its writable layer stays until the next start");
     }
 }
 
-/// Looks at the host and decides the spec. One that hangs costs a thread until it does not, never the call.
-async fn bounded<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
-    timeout(LOOK, blocking(work))
+/// Looks at the host. One that hangs costs a thread until it does not, and never the call; how many a pod and all
+/// together may cost is bounded by the seats, which a hung one keeps.
+async fn bounded<T: Send + 'static>(
+    seats: [Arc<Semaphore>; 2],
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T> {
+    let looking = async {
+        let [all, pod] = seats;
+        // Semaphores of ours are never closed. The pod's first: one that waits takes no seat from others.
+        let taken = (pod.acquire_owned().await, all.acquire_owned().await);
+        blocking(move || {
+            let _taken = taken;
+            work()
+        })
+        .await
+    };
+    timeout(LOOK, looking)
         .await
         .map_err(|_| Fault::Deadline { act: "looking at the sources of mounts".into(), after: LOOK }.into())
 }

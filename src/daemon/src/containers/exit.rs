@@ -1,7 +1,7 @@
 //! What happens when a container's first process has ended: the shim's record is believed, the reason decided, all
 //! who wait are told.
 
-use std::{fs, sync::Arc};
+use std::{fs, sync::Arc, time::Duration};
 
 use cri_api::v1::ContainerEventType;
 use shim_api::rundir::{self, Exit, Init};
@@ -17,25 +17,30 @@ use crate::{
 /// Records are small; a larger file is none.
 const LARGEST: u64 = 64 << 10;
 
+/// Pause before a wait that failed though the shim lives is begun anew.
+const AGAIN: Duration = Duration::from_secs(1);
+
 /// Waits for the exit of a running container. The death of the shim ends the wait too; then the pod's watch
 /// reports the exit.
 pub fn watch(daemon: &Arc<Daemon>, container: &Arc<Container>, shim: Arc<Shim>) {
     let (daemon, container) = (daemon.clone(), container.clone());
     tokio::spawn(async move {
-        match shim.wait(&container.id).await {
-            Ok(ended) => {
-                // The record also knows of the OOM killer; the answer alone must do when the file cannot be read.
-                let exit = exit_record(&container).unwrap_or_else(|| told(ended));
-                finish(&daemon, &container, &exit);
+        while container.phase() == Phase::Running {
+            match shim.wait(&container.id).await {
+                Ok(ended) => {
+                    // The record also knows of the OOM killer; the answer alone must do when it cannot be read.
+                    let exit = exit_record(&container).unwrap_or_else(|| told(ended));
+                    finish(&daemon, &container, &exit);
+                }
+                // The shim lives and knows nothing of the container: nobody will ever know more.
+                Err(shim::Error::NotFound(_)) => settle(&daemon, &container),
+                Err(_) if shim.dead() => return,
+                Err(e) if exit_record(&container).is_none() => {
+                    warn!(container = %container.id, error = %e, "wait for the exit");
+                    tokio::time::sleep(AGAIN).await;
+                }
+                Err(_) => settle(&daemon, &container),
             }
-            Err(shim::Error::Gone) => {}
-            Err(e) if exit_record(&container).is_some() => {
-                warn!(container = %container.id, error = %e, "wait for the exit");
-                settle(&daemon, &container);
-            }
-            // The shim lives and knows nothing of the container: nobody will ever know more.
-            Err(shim::Error::NotFound(_)) => settle(&daemon, &container),
-            Err(e) => warn!(container = %container.id, error = %e, "wait for the exit"),
         }
     });
 }

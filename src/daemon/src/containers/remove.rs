@@ -10,7 +10,7 @@ use crate::{
     daemon::{Daemon, blocking},
     error::{Fault, Result},
     events, shim,
-    store::Kind,
+    store::{Change, Kind},
     table::Found,
 };
 
@@ -50,7 +50,7 @@ pub async fn forget(daemon: &Arc<Daemon>, container: &Arc<Container>) -> Result<
         }
         _ => {}
     }
-    daemon.store.drop(Kind::Container, &container.id).await?;
+    daemon.store.forget(vec![Change::Drop(Kind::Container, container.id.clone())]).await;
     daemon.containers.remove(&container.id);
     events::emit(daemon, ContainerEventType::ContainerDeletedEvent, container);
     info!(container = %container.id, pod = %container.pod.id, "container removed");

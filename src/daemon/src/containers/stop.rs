@@ -34,8 +34,12 @@ pub async fn stop(daemon: &Arc<Daemon>, id: &str, grace: i64) -> Result<()> {
 
 /// The same for a container at hand.
 pub async fn end(daemon: &Arc<Daemon>, container: &Arc<Container>, grace: Duration) -> Result<()> {
-    // One that is being started first gets to its state; a start is bounded.
-    drop(container.act.lock().await);
+    // One that is being started first gets to its state. A start may hang in a mount, a stop must not.
+    let waited = timeout(grace + DEATH, container.act.lock()).await.map(drop);
+    waited.map_err(|_| Fault::Deadline {
+        act: format!("start of container {}", container.id),
+        after: grace + DEATH,
+    })?;
     if container.phase() != Phase::Running {
         return Ok(());
     }

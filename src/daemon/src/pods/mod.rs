@@ -13,6 +13,7 @@ use std::{path::PathBuf, sync::Arc};
 
 use cri_api::v1;
 use serde::{Deserialize, Serialize};
+use tokio::sync::Semaphore;
 
 use crate::{lock::Lock, shim::Shim};
 
@@ -46,6 +47,8 @@ pub struct Pod {
     shim: Lock<Option<Arc<Shim>>>,
     /// Held by the one who stops or removes the pod.
     pub act: tokio::sync::Mutex<()>,
+    /// Seats of those who look at host paths for a container of this pod.
+    pub looks: Arc<Semaphore>,
 }
 
 /// Where a pod is in its life.
@@ -69,6 +72,9 @@ pub struct State {
     pub resources: Option<v1::LinuxContainerResources>,
     pub overhead: Option<v1::LinuxContainerResources>,
 }
+
+/// So many of a pod's containers at most are looked up at once.
+const LOOKS: usize = 8;
 
 /// Files in a pod's run directory that its containers get bound in.
 pub const RESOLV_CONF: &str = "resolv.conf";
@@ -94,6 +100,7 @@ impl Pod {
             state: Lock::new(state),
             shim: Lock::default(),
             act: tokio::sync::Mutex::default(),
+            looks: Arc::new(Semaphore::new(LOOKS)),
         }
     }
 

@@ -40,6 +40,8 @@ struct Record {
     got: Option<Attached>,
 }
 
+/// How long a pod waits for a network that is not ready: on a node that boots, its plugin is a pod itself.
+const READY: Duration = Duration::from_secs(20);
 /// First pause between tries to detach; doubled until it reaches the last.
 const PAUSE: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_secs(300);
@@ -48,12 +50,6 @@ impl Attachments {
     /// Pods that have something of the network.
     pub fn pods(&self) -> Vec<String> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
-    }
-
-    /// The whole result of an attachment, and the interface that it is on.
-    pub fn of(&self, pod: &str) -> Option<Attached> {
-        let held = self.get(pod)?;
-        held.got.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Takes up an attachment that an earlier daemon recorded.
@@ -114,6 +110,7 @@ pub async fn attach(daemon: &Daemon, pod: &Pod, wish: &Wish) -> Result<Vec<Strin
     );
     let _act = held.act.lock().await;
     daemon.store.put(held.row()).await?;
+    daemon.network.ready(READY).await.map_err(Fault::network("wait for the network"))?;
     let got = daemon.network.attach(&held.wish).await.map_err(Fault::network("attach pod to the network"))?;
     let ips = got.ips.iter().map(ToString::to_string).collect();
     *held.got.lock().unwrap_or_else(PoisonError::into_inner) = Some(got);
@@ -132,7 +129,7 @@ pub async fn release(daemon: &Daemon, pod: &str) -> Result<()> {
             .detach(&held.wish, got.as_ref())
             .await
             .map_err(Fault::network("detach pod from the network"))?;
-        daemon.store.apply(vec![Change::Drop(Kind::Attachment, pod.into())]).await?;
+        daemon.store.forget(vec![Change::Drop(Kind::Attachment, pod.into())]).await;
         daemon.attachments.remove(pod);
     }
     if let Some(path) = daemon.place(pod, true).netns {
@@ -168,11 +165,11 @@ mod tests {
         let all = Attachments::default();
         let wish = Attachment { pod_id: "a".into(), netns: "/n/a".into(), ..Attachment::default() };
         let got = Attached { interface: "eth0".into(), ..Attached::default() };
-        let row = all.insert(wish, Some(got.clone())).row();
+        let row = all.insert(wish, Some(got)).row();
         let back = Attachments::default();
         back.restore(&row).unwrap();
         assert_eq!(back.pods(), ["a"]);
-        assert_eq!(back.of("a"), Some(got));
+        assert_eq!(back.get("a").unwrap().row(), row);
         assert!(back.restore(&Row { id: "b".into(), ..row }).is_err());
     }
 }

@@ -11,7 +11,7 @@ use crate::{
     daemon::{Daemon, blocking},
     error::{Fault, Result},
     events,
-    store::Kind,
+    store::{Change, Kind},
     table::Found,
 };
 
@@ -32,7 +32,7 @@ pub async fn remove(daemon: &Arc<Daemon>, id: &str) -> Result<()> {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Fault::io("remove", &pod.dir)(e)),
         _ => {}
     }
-    daemon.store.drop(Kind::Pod, &pod.id).await?;
+    daemon.store.forget(vec![Change::Drop(Kind::Pod, pod.id.clone())]).await;
     daemon.pods.remove(&pod.id);
     events::emit_pod(daemon, ContainerEventType::ContainerDeletedEvent, &pod);
     info!(pod = %pod.id, "pod removed");

@@ -13,7 +13,7 @@ use crate::{
     error::{Fault, Result},
     events,
     shim::Shim,
-    store::Kind,
+    store::{Change, Kind},
 };
 
 /// Returns the id of the pod when it is ready. A repeated request joins the one in flight, and gets the pod of one
@@ -142,7 +142,5 @@ pub async fn unmake(daemon: &Arc<Daemon>, pod: &Arc<Pod>) {
     {
         warn!(pod = %pod.id, error = %e, "undoing a failed pod: its directory stays until the next start");
     }
-    if let Err(e) = daemon.store.drop(Kind::Pod, &pod.id).await {
-        warn!(pod = %pod.id, error = %e, "undoing a failed pod: its record stays until the next start");
-    }
+    daemon.store.forget(vec![Change::Drop(Kind::Pod, pod.id.clone())]).await;
 }

@@ -13,6 +13,7 @@ use crate::{
     daemon::Daemon,
     error::{Fault, Result},
     events, shim,
+    store::Change,
     table::Found,
 };
 
@@ -39,12 +40,12 @@ pub async fn halt(daemon: &Arc<Daemon>, pod: &Arc<Pod>) -> Result<()> {
     }
     if pod.look(|state| state.phase) != Phase::Stopping {
         pod.change(|state| state.phase = Phase::Stopping);
-        daemon.store.put(record::row(pod)).await?;
+        daemon.store.put_later(record::row(pod));
     }
     end_processes(daemon, pod).await?;
     network::release(daemon, &pod.id).await?;
     pod.change(|state| state.phase = Phase::Stopped);
-    daemon.store.put(record::row(pod)).await?;
+    daemon.store.forget(vec![Change::Put(record::row(pod))]).await;
     events::emit_pod(daemon, ContainerEventType::ContainerStoppedEvent, pod);
     info!(pod = %pod.id, "pod stopped");
     Ok(())

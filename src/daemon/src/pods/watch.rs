@@ -44,7 +44,8 @@ pub async fn clean(daemon: &Arc<Daemon>, pod: &Arc<Pod>) {
 
 /// Ends what a dead shim left behind; the exit records are written afterwards.
 pub async fn clean_run_directory(daemon: &Daemon, pod: &Pod) {
-    let cleaned = match daemon.program(&pod.runtime_handler) {
+    // The handler may be gone from the configuration by now; any shim of ours can clean up.
+    let cleaned = match daemon.program(&pod.runtime_handler).or_else(|_| daemon.program("")) {
         Ok(program) => program.clean(&pod.dir, &pod.id).await.map_err(Fault::shim("shim delete")),
         Err(e) => Err(e),
     };

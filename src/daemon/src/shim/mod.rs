@@ -23,8 +23,10 @@ use shim_api::{
 };
 use tokio::{io::unix::AsyncFd, net::UnixStream};
 
+use crate::lock::Lock;
+
 pub use own::{ContainerOptions, PodOptions};
-pub use spawn::{Program, find, letter};
+pub use spawn::{Program, descriptors, find, letter};
 
 mod spawn;
 
@@ -36,7 +38,14 @@ const SLOW: Duration = Duration::from_secs(100);
 /// A shim that serves, or did.
 pub struct Shim {
     pub process: Process,
+    dir: PathBuf,
     pidfd: AsyncFd<OwnedFd>,
+    services: Lock<Services>,
+}
+
+/// What a shim serves, on one connection.
+#[derive(Clone)]
+struct Services {
     task: TaskClient,
     sandbox: SandboxClient,
     pod: PodClient,
@@ -95,7 +104,7 @@ impl Shim {
         let started = spawn::spawn(program, dir, pod, listener).map_err(failed)?;
         let pidfd = spawn::watched(started.pidfd).map_err(failed)?;
         match connect(dir).await {
-            Ok(client) => Ok(Shim::new(started.process, pidfd, client)),
+            Ok(services) => Ok(Shim::new(dir, started.process, pidfd, services)),
             Err(e) => {
                 // Nobody else knows of the process yet.
                 let _ = rustix::process::pidfd_send_signal(pidfd.get_ref(), rustix::process::Signal::KILL);
@@ -109,17 +118,41 @@ impl Shim {
     /// Connects to a shim that an earlier daemon started and whose process is known to live.
     pub async fn meet(dir: &Path, process: Process, pidfd: OwnedFd) -> Result<Shim> {
         let pidfd = spawn::watched(pidfd).map_err(|e| Error::Connect(dir.into(), e))?;
-        Ok(Shim::new(process, pidfd, connect(dir).await?))
+        Ok(Shim::new(dir, process, pidfd, connect(dir).await?))
     }
 
-    fn new(process: Process, pidfd: AsyncFd<OwnedFd>, client: ttrpc::asynchronous::Client) -> Shim {
-        Shim {
-            process,
-            pidfd,
-            task: TaskClient::new(client.clone()),
-            sandbox: SandboxClient::new(client.clone()),
-            pod: PodClient::new(client),
+    fn new(dir: &Path, process: Process, pidfd: AsyncFd<OwnedFd>, services: Services) -> Shim {
+        Shim { process, dir: dir.into(), pidfd, services: Lock::new(services) }
+    }
+
+    /// One exchange, bounded here: ttrpc's own deadline cannot be told from its other errors. A connection that broke
+    /// though the shim lives is made anew for the next exchange; whether this one was done is not known.
+    async fn ask<T, F>(&self, limit: Option<Duration>, call: impl FnOnce(Services) -> F) -> Result<T>
+    where
+        F: Future<Output = ttrpc::Result<T>>,
+    {
+        let services = self.services.read().clone();
+        let answer = match limit {
+            Some(limit) => match tokio::time::timeout(limit, call(services)).await {
+                Ok(answer) => answer,
+                Err(_) => return Err(Error::Deadline),
+            },
+            None => call(services).await,
+        };
+        match answer.map_err(Error::from) {
+            Err(Error::Gone) if !self.dead() => {
+                if let Ok(services) = connect(&self.dir).await {
+                    *self.services.write() = services;
+                }
+                Err(Error::Gone)
+            }
+            answer => answer,
         }
+    }
+
+    /// Whether the process has ended.
+    pub fn dead(&self) -> bool {
+        spawn::dead(self.pidfd.get_ref()).unwrap_or(false)
     }
 
     /// Returns when the shim's process has ended. Reaps it when it is our child.
@@ -148,9 +181,11 @@ impl Shim {
             options: any("crisp.shim.v1.PodOptions", options)?,
             ..Default::default()
         };
-        within(QUICK, self.sandbox.create_sandbox(Context::default(), &request)).await?;
+        self.ask(Some(QUICK), async |to| to.sandbox.create_sandbox(Context::default(), &request).await)
+            .await?;
         let request = sandbox::StartSandboxRequest { sandbox_id: id.into(), ..Default::default() };
-        within(QUICK, self.sandbox.start_sandbox(Context::default(), &request)).await?;
+        self.ask(Some(QUICK), async |to| to.sandbox.start_sandbox(Context::default(), &request).await)
+            .await?;
         Ok(())
     }
 
@@ -162,21 +197,25 @@ impl Shim {
             timeout_secs: u32::try_from(seconds).unwrap_or(u32::MAX),
             ..Default::default()
         };
-        within(QUICK, self.sandbox.stop_sandbox(Context::default(), &request)).await?;
+        self.ask(Some(QUICK), async |to| to.sandbox.stop_sandbox(Context::default(), &request).await).await?;
         Ok(())
     }
 
     /// Asks the shim to end itself.
     pub async fn shut_down(&self, id: &str) -> Result<()> {
         let request = sandbox::ShutdownSandboxRequest { sandbox_id: id.into(), ..Default::default() };
-        within(QUICK, self.sandbox.shutdown_sandbox(Context::default(), &request)).await?;
+        self.ask(Some(QUICK), async |to| to.sandbox.shutdown_sandbox(Context::default(), &request).await)
+            .await?;
         Ok(())
     }
 
     /// A path of the network namespace that the shim made for its pod.
     pub async fn network_namespace(&self) -> Result<PathBuf> {
-        let answer =
-            within(QUICK, self.pod.namespaces(Context::default(), &own::NamespacesRequest::new())).await?;
+        let answer = self
+            .ask(Some(QUICK), async |to| {
+                to.pod.namespaces(Context::default(), &own::NamespacesRequest::new()).await
+            })
+            .await?;
         match answer.net_fd {
             0 => Err(Error::Failed("the shim holds no network namespace".into())),
             fd => Ok(format!("/proc/{}/fd/{fd}", self.process.pid).into()),
@@ -204,14 +243,14 @@ impl Shim {
             options: MessageField::some(options),
             ..Default::default()
         };
-        let answer = within(SLOW, self.pod.run(Context::default(), &request)).await?;
+        let answer = self.ask(Some(SLOW), async |to| to.pod.run(Context::default(), &request).await).await?;
         Ok(Running { pid: answer.pid, started_at: answer.started_at })
     }
 
     /// Returns when the first process of a container has ended and its record is written. Has no deadline.
     pub async fn wait(&self, id: &str) -> Result<Ended> {
         let request = task::WaitRequest { id: id.into(), ..Default::default() };
-        let answer = self.task.wait(Context::default(), &request).await?;
+        let answer = self.ask(None, async |to| to.task.wait(Context::default(), &request).await).await?;
         let at = answer.exited_at.as_ref().map(|at| at.seconds * 1_000_000_000 + i64::from(at.nanos));
         Ok(Ended { code: answer.exit_status, at: at.unwrap_or_default() })
     }
@@ -220,14 +259,14 @@ impl Shim {
     pub async fn signal(&self, id: &str, exec: &str, signal: u32, all: bool) -> Result<()> {
         let request =
             task::KillRequest { id: id.into(), exec_id: exec.into(), signal, all, ..Default::default() };
-        within(QUICK, self.task.kill(Context::default(), &request)).await?;
+        self.ask(Some(QUICK), async |to| to.task.kill(Context::default(), &request).await).await?;
         Ok(())
     }
 
     /// Makes the shim forget a container that has ended.
     pub async fn delete(&self, id: &str) -> Result<()> {
         let request = task::DeleteRequest { id: id.into(), ..Default::default() };
-        within(QUICK, self.task.delete(Context::default(), &request)).await?;
+        self.ask(Some(QUICK), async |to| to.task.delete(Context::default(), &request).await).await?;
         Ok(())
     }
 
@@ -243,20 +282,21 @@ impl Shim {
             resources: MessageField::some(resources),
             ..Default::default()
         };
-        within(QUICK, self.task.update(Context::default(), &request)).await?;
+        self.ask(Some(QUICK), async |to| to.task.update(Context::default(), &request).await).await?;
         Ok(())
     }
 
     /// The processes of a container.
     pub async fn pids(&self, id: &str) -> Result<Vec<u32>> {
         let request = task::PidsRequest { id: id.into(), ..Default::default() };
-        let answer = within(QUICK, self.task.pids(Context::default(), &request)).await?;
+        let answer =
+            self.ask(Some(QUICK), async |to| to.task.pids(Context::default(), &request).await).await?;
         Ok(answer.processes.iter().map(|process| process.pid).collect())
     }
 
     pub async fn reopen_log(&self, id: &str) -> Result<()> {
         let request = own::ReopenLogRequest { container_id: id.into(), ..Default::default() };
-        within(QUICK, self.pod.reopen_log(Context::default(), &request)).await?;
+        self.ask(Some(QUICK), async |to| to.pod.reopen_log(Context::default(), &request).await).await?;
         Ok(())
     }
 
@@ -277,7 +317,7 @@ impl Shim {
             stderr: stderr.to_string_lossy().into_owned(),
             ..Default::default()
         };
-        let answer = self.pod.run_exec(Context::default(), &request).await?;
+        let answer = self.ask(None, async |to| to.pod.run_exec(Context::default(), &request).await).await?;
         Ok(Ended { code: answer.exit_status, at: answer.exited_at })
     }
 }
@@ -326,7 +366,7 @@ fn listen(dir: &Path) -> io::Result<UnixListener> {
     UnixListener::bind(path)
 }
 
-async fn connect(dir: &Path) -> Result<ttrpc::asynchronous::Client> {
+async fn connect(dir: &Path) -> Result<Services> {
     let path = dir.join(rundir::SOCKET);
     let failed = |e| Error::Connect(path.clone(), e);
     let (_dir, short) = short(dir).map_err(failed)?;
@@ -338,15 +378,12 @@ async fn connect(dir: &Path) -> Result<ttrpc::asynchronous::Client> {
     if peer.uid() != 0 {
         return Err(Error::Peer(path, peer.uid()));
     }
-    Ok(ttrpc::asynchronous::Client::new(stream.into()))
-}
-
-/// Bounds a call here: ttrpc's own deadline cannot be told from its other errors.
-async fn within<T>(time: Duration, call: impl Future<Output = ttrpc::Result<T>>) -> Result<T> {
-    match tokio::time::timeout(time, call).await {
-        Ok(answer) => Ok(answer?),
-        Err(_) => Err(Error::Deadline),
-    }
+    let client = ttrpc::asynchronous::Client::new(stream.into());
+    Ok(Services {
+        task: TaskClient::new(client.clone()),
+        sandbox: SandboxClient::new(client.clone()),
+        pod: PodClient::new(client),
+    })
 }
 
 fn any(name: &str, message: &impl Message) -> Result<MessageField<Any>> {

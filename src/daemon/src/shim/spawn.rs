@@ -17,11 +17,12 @@ use std::{
     },
     path::{Path, PathBuf},
     ptr,
+    sync::OnceLock,
 };
 
 use rustix::{
     fs::{MemfdFlags, SealFlags},
-    process::{Pid, PidfdFlags},
+    process::{Pid, PidfdFlags, Rlimit},
 };
 use shim_api::rundir::{self, Process};
 use tokio::io::unix::AsyncFd;
@@ -55,6 +56,14 @@ impl Program {
     }
 }
 
+/// How many descriptors a shim may have: as many as the daemon might before it raised its own limit.
+static DESCRIPTORS: OnceLock<Rlimit> = OnceLock::new();
+
+/// Sets the limit of descriptors for all shims, once.
+pub fn descriptors(limit: Rlimit) {
+    let _ = DESCRIPTORS.set(limit);
+}
+
 /// A process that was started, and a descriptor that stays its own when the pid is used again.
 pub struct Started {
     pub process: Process,
@@ -85,6 +94,10 @@ pub fn spawn(program: &Program, dir: &Path, pod: &str, listener: UnixListener) -
     let pid = Pid::from_raw(pid).ok_or_else(|| io::Error::other("posix_spawn gave no pid"))?;
     // Our own child cannot be reaped by another: the pid is still its own.
     let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
+    if let Some(limit) = DESCRIPTORS.get() {
+        // Before it is asked to start anything: containers inherit what the shim has.
+        rustix::process::prlimit(Some(pid), rustix::process::Resource::Nofile, limit.clone())?;
+    }
     let process = identify(pid.as_raw_nonzero().get().cast_unsigned())?;
     Ok(Started { process, pidfd })
 }
@@ -171,7 +184,7 @@ pub fn find(process: &Process) -> io::Result<Option<OwnedFd>> {
 }
 
 /// Whether the process has ended, also when nobody has reaped it yet.
-fn dead(pidfd: impl AsFd) -> io::Result<bool> {
+pub fn dead(pidfd: impl AsFd) -> io::Result<bool> {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
     Ok(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))? > 0)
@@ -198,7 +211,7 @@ pub fn letter(pid: u32) -> Option<char> {
 
 /// Changes with every boot of the machine.
 pub fn boot_id() -> io::Result<String> {
-    static ONCE: std::sync::OnceLock<String> = std::sync::OnceLock::new();
+    static ONCE: OnceLock<String> = OnceLock::new();
     if let Some(id) = ONCE.get() {
         return Ok(id.clone());
     }
