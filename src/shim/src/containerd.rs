@@ -155,8 +155,8 @@ fn shim_log() -> Stdio {
 fn sealed() -> io::Result<OwnedFd> {
     let mut from = File::open("/proc/self/exe")?;
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let executable = MemfdFlags::from_bits_retain(0x10); // MFD_EXEC, Linux 6.3
-    let copy = rustix::fs::memfd_create("containerd-shim-crisp-v1", flags | executable)
+    // A host may refuse programs that do not say that they are (vm.memfd_noexec).
+    let copy = rustix::fs::memfd_create("containerd-shim-crisp-v1", flags | MemfdFlags::EXEC)
         .or_else(|_| rustix::fs::memfd_create("containerd-shim-crisp-v1", flags))?;
     let mut copy = File::from(copy);
     io::copy(&mut from, &mut copy)?;

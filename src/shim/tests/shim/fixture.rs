@@ -262,10 +262,10 @@ impl Shim {
     }
 
     /// Seconds that the shim has computed, in user mode and in the kernel.
-    pub(crate) fn cpu(&self) -> f64 {
+    pub(crate) fn cpu(&self) -> [f64; 2] {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
         let fields: Vec<_> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
-        fields[11..13].iter().map(|ticks| ticks.parse::<f64>().unwrap()).sum::<f64>() / 100.0
+        [11, 12].map(|i| fields[i].parse::<f64>().unwrap() / 100.0)
     }
 
     pub(crate) async fn stop(&self) -> ttrpc::Result<()> {

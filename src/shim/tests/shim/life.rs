@@ -15,7 +15,7 @@ use shim_api::{
     protobuf::{MessageField, well_known_types::any::Any},
     rundir,
     shim::{ContainerOptions, IdMapping, NamespacesRequest, PodOptions},
-    ttrpc::{Code, Error},
+    ttrpc::{Code, Error, context},
 };
 
 use crate::fixture::{Made, Shim, any, connect, run, soon, until};
@@ -376,6 +376,48 @@ fn limits_can_be_changed_and_processes_listed() {
         let stats: shim_api::containerd::cgroups_v2::metrics::Metrics =
             shim_api::protobuf::Message::parse_from_bytes(&stats.value).unwrap();
         assert_eq!(stats.pids.limit, 77);
+    });
+}
+
+/// A container whose own process does not come to an end of setting itself up, as with a mount that hangs.
+fn hanging() -> Made {
+    let hook = json!({"path": "/bin/sleep", "args": ["sleep", "600"]});
+    Made { spec: json!({"hooks": {"createContainer": [hook]}}), ..Made::default() }
+}
+
+#[test]
+fn a_container_that_hangs_while_it_is_made_holds_up_nobody() {
+    run(async {
+        let shim = Shim::usual().await;
+        shim.sh("a", "sleep 60").await;
+        let request = shim.bundle_with("b", &["true"], hanging());
+        let pod = shim.pod.clone();
+        let began = std::time::Instant::now();
+        let call = tokio::spawn(async move { pod.run(context::with_timeout(1_500_000_000), &request).await });
+        until("its cgroup", || shim.cgroups().iter().any(|dir| dir.join("b").exists())).await;
+        shim.exec("a", &["true"], "").await.unwrap();
+        assert!(began.elapsed() < Duration::from_millis(1400), "{:?}", began.elapsed());
+        assert!(call.await.unwrap().is_err());
+        until("the end of its cgroup", || !shim.cgroups().iter().any(|dir| dir.join("b").exists())).await;
+        shim.exec("a", &["true"], "").await.unwrap();
+        // The id is free again.
+        shim.sh("b", "exit 0").await;
+    });
+}
+
+#[test]
+fn a_pod_can_be_stopped_while_a_container_is_made() {
+    run(async {
+        let shim = Shim::usual().await;
+        let request = shim.bundle_with("a", &["true"], hanging());
+        let pod = shim.pod.clone();
+        let call = tokio::spawn(async move { pod.run(soon(), &request).await });
+        until("its cgroup", || shim.cgroups().iter().any(|dir| dir.join("a").exists())).await;
+        shim.stop().await.unwrap();
+        assert_eq!(code(call.await.unwrap()), (Code::FAILED_PRECONDITION, "the pod is stopping".into()));
+        assert_eq!(shim.cgroups(), Vec::<std::path::PathBuf>::new());
+        let refused = shim.try_run("b", &["true"], Made::default()).await;
+        assert_eq!(code(refused).0, Code::FAILED_PRECONDITION);
     });
 }
 
