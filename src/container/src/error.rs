@@ -1,4 +1,4 @@
-//! What can go wrong, by step. The child reports its failures as [`Failure`]s; here they become [`Error`]s.
+//! What can go wrong, by step. The child reports its failures as `Failure`s; here they become [`Error`]s.
 
 use std::fmt;
 

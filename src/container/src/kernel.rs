@@ -284,6 +284,13 @@ fn close_range(first: u32, last: u32, flags: u32) -> Result<()> {
     check(unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) }).map(drop)
 }
 
+/// Runs what a child has to do. It must end there: neither a return nor a panic may lead it on into the parent's code,
+/// of which it is a copy.
+pub(crate) fn never_return(child: impl FnOnce()) -> ! {
+    let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(child));
+    exit(127)
+}
+
 /// Ends the child at once, without exit handlers or destructors.
 pub(crate) fn exit(code: i32) -> ! {
     // SAFETY: `_exit` is always sound.

@@ -156,11 +156,12 @@ impl Act<'_> {
             Cloned::Parent { pid, pidfd } => (pid, pidfd),
             Cloned::Child => {
                 drop(parent);
-                let done = self.child(&child, procfs.as_ref().map(OwnedFd::as_fd));
-                let _ = child.send(&done.map_or_else(Report::Failed, |()| Report::Ready));
-                // The parent opens what it wants to keep, then kills us.
-                let _ = child.wait();
-                kernel::exit(0);
+                kernel::never_return(|| {
+                    let done = self.child(&child, procfs.as_ref().map(OwnedFd::as_fd));
+                    let _ = child.send(&done.map_or_else(Report::Failed, |()| Report::Ready));
+                    // The parent opens what it wants to keep, then kills us.
+                    let _ = child.wait();
+                })
             }
         };
         drop(child);
@@ -171,6 +172,7 @@ impl Act<'_> {
 
     fn child(&self, channel: &Channel, procfs: Option<BorrowedFd<'_>>) -> Result<(), Failure> {
         channel.wait().at(Step::Wait, "namespace child")?;
+        kernel::prctl(libc::PR_SET_DUMPABLE, 0, 0).at(Step::Descriptors, "namespace child")?;
         // A mapping that only shifts the ids of a mount need not have a root.
         let has_root = |maps: &IdMaps| maps.host_uid(0).is_ok() && maps.host_gid(0).is_ok();
         if self.flags & CLONE_NEWUSER != 0 && self.wanted.user.is_some_and(has_root) {
@@ -240,10 +242,11 @@ fn read_maps(user: BorrowedFd<'_>) -> Result<IdMaps, Error> {
         Cloned::Parent { pid, pidfd } => (pid, pidfd),
         Cloned::Child => {
             drop(parent);
-            let joined = setns(user, CLONE_NEWUSER).at(Step::Namespace, "user");
-            let _ = child.send(&joined.map_or_else(Report::Failed, |()| Report::Ready));
-            let _ = child.wait();
-            kernel::exit(0);
+            kernel::never_return(|| {
+                let joined = setns(user, CLONE_NEWUSER).at(Step::Namespace, "user");
+                let _ = child.send(&joined.map_or_else(Report::Failed, |()| Report::Ready));
+                let _ = child.wait();
+            })
         }
     };
     drop(child);

@@ -82,23 +82,24 @@ impl From<Failure> for End {
 
 /// Becomes the container's first process.
 pub(crate) fn first(plan: &Plan) -> ! {
-    let Err(end) = first_steps(plan);
-    give_up(&plan.channel, end)
+    never_return(&plan.channel, || first_steps(plan))
 }
 
 /// Becomes one more process of a running container.
 pub(crate) fn another(plan: &ExecPlan) -> ! {
-    let Err(end) = another_steps(plan);
-    give_up(&plan.channel, end)
+    never_return(&plan.channel, || another_steps(plan))
 }
 
-fn give_up(channel: &Channel, end: End) -> ! {
-    let _ = channel.send(&match end {
-        End::Failed(failure) => Report::Failed(failure),
-        End::Hook(error) => Report::HookFailed(error.to_string()),
-    });
-    // What a shell says of a command that it could not run.
-    kernel::exit(127)
+/// Runs the steps, which end in an exec or a failure to report.
+fn never_return(channel: &Channel, steps: impl FnOnce() -> Result<Infallible, End>) -> ! {
+    kernel::never_return(|| {
+        let Err(end) = steps();
+        let _ = channel.send(&match end {
+            End::Failed(failure) => Report::Failed(failure),
+            End::Hook(error) => Report::HookFailed(error.to_string()),
+        });
+        // And then ends with 127, which is what a shell says of a command that it could not run.
+    })
 }
 
 fn first_steps(plan: &Plan) -> Result<Infallible, End> {
@@ -109,10 +110,9 @@ fn first_steps(plan: &Plan) -> Result<Infallible, End> {
     let mut sources = plan.rootfs.open()?;
     plan.namespaces.enter()?;
     if let Some(user) = &plan.namespaces.user {
+        // To raise a hard limit takes the host's rights.
         process.set_limits(&plan.channel)?;
         enter_user_namespace(user.as_fd(), plan)?;
-    } else {
-        process.set_limits(&plan.channel)?;
     }
     if plan.namespaces.cgroup {
         kernel::unshare(CLONE_NEWCGROUP).at(Step::Namespace, "cgroup")?;
@@ -139,6 +139,10 @@ fn first_steps(plan: &Plan) -> Result<Infallible, End> {
     drop(built);
     plan.rootfs.finish()?;
 
+    if plan.namespaces.user.is_none() {
+        // As late as possible: a small limit on descriptors is meant for the program, not for us.
+        process.set_limits(&plan.channel)?;
+    }
     let ready = become_process(process, console, plan.procfs.as_ref(), &plan.channel)?;
     let _ = plan.channel.send(&Report::Ready);
     wait(&plan.channel)?;

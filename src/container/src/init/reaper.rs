@@ -49,7 +49,7 @@ pub fn spawn(user: Option<BorrowedFd<'_>>) -> Result<Reaper, Error> {
         Cloned::Parent { pidfd, .. } => pidfd,
         Cloned::Child => {
             drop(parent);
-            run(&child, user, flags)
+            kernel::never_return(|| run(&child, user, flags))
         }
     };
     drop(child);

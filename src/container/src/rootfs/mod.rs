@@ -1,6 +1,6 @@
 //! The file system that a container sees: its root, what is mounted in it, what is hidden, and the way in.
-//! Runs in the child, in two parts: [`Plan::open`] gathers everything that takes the host's rights or the
-//! host's paths, as detached mounts; [`Plan::build`] puts them together in the container's own mount namespace
+//! Runs in the child, in two parts: `Plan::open` gathers everything that takes the host's rights or the
+//! host's paths, as detached mounts; `Plan::build` puts them together in the container's own mount namespace
 //! and user namespace. Which processes these are is the business of `init`.
 
 mod cgroups;

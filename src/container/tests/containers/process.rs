@@ -102,6 +102,10 @@ pub(crate) fn limits_are_set_or_clamped_with_a_warning(lab: &Lab) {
     let answers = both(lab, |process| process.rlimits = nofile(100, 200), "ulimit -n; ulimit -Hn");
     assert_eq!(answers, ["100\n200", "100\n200"]);
 
+    // Fewer descriptors than we use ourselves.
+    let answers = both(lab, |process| process.rlimits = nofile(8, 8), "ulimit -n");
+    assert_eq!(answers, ["8", "8"]);
+
     let own = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum.unwrap_or(u64::MAX);
     if own > 1 << 30 {
         return;
