@@ -192,7 +192,7 @@ fn clients_that_are_not_root_are_refused() {
         fs::set_permissions(shim.state.path(), fs::Permissions::from_mode(0o755)).unwrap();
         fs::set_permissions(&socket, fs::Permissions::from_mode(0o777)).unwrap();
         // Perl is everywhere where Debian is, and can drop root before it connects.
-        let script = "use Socket; $> = 65534; socket(S, AF_UNIX, SOCK_STREAM, 0); \
+        let script = "use Socket; alarm 10; $> = 65534; socket(S, AF_UNIX, SOCK_STREAM, 0); \
                       connect(S, sockaddr_un($ARGV[0])) or exit 7; exit(defined(sysread(S, $b, 1)) && length $b ? 1 : 0)";
         let status = tokio::task::spawn_blocking(move || {
             Command::new("perl").args(["-e", script]).arg(&socket).status().unwrap()
