@@ -47,7 +47,7 @@ impl Options {
             network: Network::Bridge,
             registry: Some(registry),
             images: String::new(),
-            debug: "info,crispd=debug,image=debug,network=debug",
+            debug: "debug",
             extra: String::new(),
         }
     }

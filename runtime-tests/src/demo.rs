@@ -33,7 +33,7 @@ pub fn run() -> Result<()> {
         debug: "info",
         extra: String::new(),
     })?;
-    clock.step(&format!("started crispd, which imported the image; socket {}", daemon.socket().display()));
+    clock.step(&format!("started crispd; socket {}", daemon.socket().display()));
 
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async { pod_of_two(&daemon, &mut clock).await }).with_context(|| daemon.tail())?;
@@ -45,6 +45,8 @@ pub fn run() -> Result<()> {
 
 async fn pod_of_two(daemon: &Daemon, clock: &mut Clock) -> Result<()> {
     let client = Client::connect(&daemon.socket()).await?;
+    imported(&client).await?;
+    clock.step("crispd has imported the image");
     let mut config = pod("demo");
     config.log_directory = daemon.logs("demo")?.display().to_string();
     let id = client.run_pod(&config).await?;
@@ -77,6 +79,17 @@ async fn pod_of_two(daemon: &Daemon, clock: &mut Clock) -> Result<()> {
     client.remove_pod(&id).await?;
     clock.step("stopped and removed containers and pod");
     Ok(())
+}
+
+/// The import goes on beside the serving.
+async fn imported(client: &Client) -> Result<()> {
+    for _ in 0..2000 {
+        if client.image_status(IMAGE).await?.is_some() {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    anyhow::bail!("{IMAGE} was not imported")
 }
 
 fn make_image(store: &Path, layout: &Path) -> Result<()> {

@@ -220,10 +220,10 @@ fn count(program: &str, text: &str, summary: &mut Summary) {
             wrapped = true;
             let inner = line.replace("\\n", "\n");
             inner.lines().filter_map(assertion).for_each(|found| judge(program, found, summary));
-        } else if let Some(found) = assertion(line) {
-            if !std::mem::take(&mut wrapped) || matches!(found, Found::Passed) {
-                judge(program, found, summary);
-            }
+        } else if let Some(found) = assertion(line)
+            && (!std::mem::take(&mut wrapped) || matches!(found, Found::Passed))
+        {
+            judge(program, found, summary);
         }
     }
 }

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::daemon::Daemon;
 use crate::image::catalog;
-use crate::{build, critest, place, registry, setup};
+use crate::{build, critest, oci, place, registry, setup};
 
 /// Counts of one part or of all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,8 +28,12 @@ type Part = fn() -> Result<Counts>;
 const QUICK: &[(&str, Part)] =
     &[("format", format), ("clippy", clippy), ("unit tests", unit_tests), ("documentation", documentation)];
 
-const REST: &[(&str, Part)] =
-    &[("dependencies", dependencies), ("runtime tests", runtime_tests), ("critest", critest_part)];
+const REST: &[(&str, Part)] = &[
+    ("dependencies", dependencies),
+    ("runtime tests", runtime_tests),
+    ("oci validation", oci_part),
+    ("critest", critest_part),
+];
 
 /// What is quick: no pod is made.
 pub fn check() -> Result<()> {
@@ -112,6 +116,12 @@ fn dependencies() -> Result<Counts> {
         return Ok(Counts { skipped: 1, ..Counts::default() });
     }
     whole(&["deny", "--offline", "check", "bans", "licenses", "sources"], &[])
+}
+
+fn oci_part() -> Result<Counts> {
+    build::cargo(&["build", "--release", "--quiet", "-p", "crisp-oci"])?;
+    let summary = oci::run(&place::target()?.join("release/crisp-oci"), &place::cache()?)?;
+    Ok(Counts { passed: summary.passed, failed: summary.failed.len(), skipped: summary.left_out.len() })
 }
 
 fn critest_part() -> Result<Counts> {

@@ -210,6 +210,8 @@ pub struct Images {
     pub default_registry: String,
     /// Patterns of images that the kubelet must not collect.
     pub pinned_images: Vec<String>,
+    /// OCI image layout directories whose images are taken in at the start and on SIGHUP.
+    pub import_dirs: Vec<PathBuf>,
     pub max_concurrent_downloads: usize,
     pub max_concurrent_unpacks: usize,
     /// A download that brings nothing for so long is cut.
@@ -361,6 +363,7 @@ impl Default for Images {
             auth_file: PathBuf::new(),
             default_registry: "docker.io".into(),
             pinned_images: Vec::new(),
+            import_dirs: Vec::new(),
             max_concurrent_downloads: 6,
             max_concurrent_unpacks: 4,
             image_pull_progress_timeout: Span::secs(30),

@@ -161,6 +161,7 @@ async fn run(arguments: Arguments, config: Config) -> Result<()> {
     recover::run(&daemon, rows).await;
 
     let listener = serve::bind(&address, &daemon.config().grpc)?;
+    tokio::spawn(import(daemon.clone()));
     tokio::spawn(reload(daemon.clone(), arguments));
     tokio::spawn(watchdog());
     notify(&[sd_notify::NotifyState::Ready]);
@@ -196,12 +197,25 @@ fn asked_to_end() -> Result<impl Future<Output = ()>> {
     })
 }
 
+/// Takes in images that need no registry. Beside the serving: a large layout must not make the kubelet wait.
+async fn import(daemon: Arc<Daemon>) {
+    for dir in daemon.config().images.import_dirs.clone() {
+        match daemon.images.import(&dir).await {
+            Ok(images) => info!(dir = %dir.display(), images = images.len(), "images imported"),
+            Err(e) => warn!(dir = %dir.display(), error = %e, "images not imported"),
+        }
+    }
+}
+
 /// Takes over what can change, on each SIGHUP. A file that is not good changes nothing.
 async fn reload(daemon: Arc<Daemon>, arguments: Arguments) {
     let Ok(mut hangup) = signal(SignalKind::hangup()) else { return };
     while hangup.recv().await.is_some() {
         match reloaded(&daemon, &arguments) {
-            Ok(()) => info!("configuration reloaded"),
+            Ok(()) => {
+                info!("configuration reloaded");
+                tokio::spawn(import(daemon.clone()));
+            }
             Err(e) => {
                 error!(error = format!("{e:#}"), "configuration is not good: the old one stays in force")
             }
