@@ -1,6 +1,8 @@
 //! Architectures and their system call numbers. The kernel's numbers come from the crate `syscalls`; how one call can
 //! hide behind another on old x86 is written here.
 
+use std::cell::OnceCell;
+
 /// An ABI that a filter can tell apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Arch {
@@ -93,11 +95,13 @@ const OTHERS: [&str; 17] = [
 pub(super) struct Name<'a> {
     text: &'a str,
     hash: usize,
+    /// x86_64 and x32 ask the same table.
+    x86_64: OnceCell<Option<u32>>,
 }
 
 impl<'a> Name<'a> {
     pub(super) fn new(text: &'a str) -> Name<'a> {
-        Name { text, hash: hash(text.as_bytes()) }
+        Name { text, hash: hash(text.as_bytes()), x86_64: OnceCell::new() }
     }
 }
 
@@ -119,28 +123,27 @@ macro_rules! lookup {
     ($function:ident, $arch:ident) => {
         fn $function(name: &Name) -> Option<u32> {
             use syscalls::$arch::Sysno;
-            const fn lay_out() -> [u16; SLOTS] {
-                let mut table = [0; SLOTS];
+            const fn lay_out() -> [Option<Sysno>; SLOTS] {
+                let mut table = [None; SLOTS];
                 let mut id = 0;
                 while id <= Sysno::last().id() as usize {
                     if let Some(call) = Sysno::new(id) {
                         let mut slot = hash(call.name().as_bytes()) % SLOTS;
-                        while table[slot] != 0 {
+                        while table[slot].is_some() {
                             slot = (slot + 1) % SLOTS;
                         }
-                        table[slot] = id as u16 + 1;
+                        table[slot] = Some(call);
                     }
                     id += 1;
                 }
                 table
             }
-            static TABLE: [u16; SLOTS] = lay_out();
+            static TABLE: [Option<Sysno>; SLOTS] = lay_out();
             let mut slot = name.hash % SLOTS;
             // Half of the slots are empty, so this ends.
-            while TABLE[slot] != 0 {
-                let id = TABLE[slot] - 1;
-                if Sysno::new(usize::from(id)).is_some_and(|call| call.name() == name.text) {
-                    return Some(u32::from(id));
+            while let Some(call) = TABLE[slot] {
+                if call.name() == name.text {
+                    return u32::try_from(call.id()).ok();
                 }
                 slot = (slot + 1) % SLOTS;
             }
@@ -149,10 +152,14 @@ macro_rules! lookup {
     };
 }
 
-lookup!(x86_64, x86_64);
+lookup!(x86_64_general, x86_64);
 lookup!(x86, x86);
 lookup!(aarch64_general, aarch64);
 lookup!(arm_general, arm);
+
+fn x86_64(name: &Name) -> Option<u32> {
+    *name.x86_64.get_or_init(|| x86_64_general(name))
+}
 
 /// The generic table has one entry, `3264_fstatat`, for two names, of which profiles use this one; and entries for the
 /// 64-bit times of 32-bit architectures.
@@ -228,7 +235,7 @@ fn x32(name: &Name) -> Option<u32> {
 
 /// On x86 the socket and System V IPC calls can also be made through one call whose first argument says which: the
 /// number of that call, and the value. `ipc` keeps a version in the upper half of it.
-pub(super) fn behind(name: &str) -> Option<(u32, u32)> {
+pub(super) fn behind(name: &Name) -> Option<(u32, u32)> {
     const SOCKETCALL: u32 = 102;
     const IPC: u32 = 117;
     /// Sorted by name.
@@ -266,7 +273,22 @@ pub(super) fn behind(name: &str) -> Option<(u32, u32)> {
         ("socket", SOCKETCALL, 1),
         ("socketpair", SOCKETCALL, 8),
     ];
-    let at = CALLS.binary_search_by_key(&name, |call| call.0).ok()?;
+    /// Which hashes occur, folded to 256: few of the names that are none of these come further.
+    const OCCUR: [u64; 4] = {
+        let mut bits = [0; 4];
+        let mut i = 0;
+        while i < CALLS.len() {
+            let folded = hash(CALLS[i].0.as_bytes()) % 256;
+            bits[folded / 64] |= 1 << (folded % 64);
+            i += 1;
+        }
+        bits
+    };
+    let folded = name.hash % 256;
+    if OCCUR[folded / 64] >> (folded % 64) & 1 == 0 {
+        return None;
+    }
+    let at = CALLS.binary_search_by_key(&name.text, |call| call.0).ok()?;
     Some((CALLS[at].1, CALLS[at].2))
 }
 
@@ -291,10 +313,10 @@ mod tests {
 
     #[test]
     fn calls_behind_others_are_found() {
-        assert_eq!(behind("accept"), Some((102, 5)));
-        assert_eq!(behind("socketpair"), Some((102, 8)));
-        assert_eq!(behind("shmctl"), Some((117, 24)));
-        assert_eq!(behind("read"), None);
+        assert_eq!(behind(&Name::new("accept")), Some((102, 5)));
+        assert_eq!(behind(&Name::new("socketpair")), Some((102, 8)));
+        assert_eq!(behind(&Name::new("shmctl")), Some((117, 24)));
+        assert_eq!(behind(&Name::new("read")), None);
     }
 
     #[test]

@@ -154,11 +154,29 @@ struct Entry<'a> {
     behind: Vec<(u32, Rule)>,
 }
 
-/// What happens to one system call: rules in order, then an action.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// What happens to one system call: rules in order, by their place in [`Chains`], then an action.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Treatment {
-    rules: Vec<Rule>,
+    chain: usize,
     otherwise: u32,
+}
+
+impl Treatment {
+    const fn plain(otherwise: u32) -> Treatment {
+        Treatment { chain: 0, otherwise }
+    }
+}
+
+/// Every sequence of conditional rules that some call has, once. The first is the empty one.
+struct Chains<'a>(Vec<Vec<&'a Rule>>);
+
+impl<'a> Chains<'a> {
+    fn place(&mut self, chain: Vec<&'a Rule>) -> usize {
+        self.0.iter().position(|known| *known == chain).unwrap_or_else(|| {
+            self.0.push(chain);
+            self.0.len() - 1
+        })
+    }
 }
 
 fn compile_for(native: Arch, profile: &spec::Seccomp) -> Result<Vec<sock_filter>, Error> {
@@ -180,26 +198,27 @@ fn compile_for(native: Arch, profile: &spec::Seccomp) -> Result<Vec<sock_filter>
         _ => ERRNO | libc::ENOSYS.cast_unsigned(),
     };
     let mut code = Code::default();
+    let mut chains = Chains(vec![Vec::new()]);
     // An ABI that the profile does not list is not for this container.
     let mut start = Target::Return(KILL_PROCESS);
     for &arch in arches.iter().rev() {
         if arch == Arch::X32 {
             continue;
         }
-        let mut ranges = treatments(arch, &entries, default, unknown);
+        let mut ranges = treatments(arch, &entries, default, unknown, &mut chains);
         if arch == Arch::X86_64 {
             ranges.retain(|(from, _)| *from < X32_BIT);
             if arches.contains(&Arch::X32) {
-                ranges.extend(treatments(Arch::X32, &entries, default, unknown));
+                ranges.extend(treatments(Arch::X32, &entries, default, unknown, &mut chains));
             } else {
-                ranges.push((X32_BIT, Treatment { rules: Vec::new(), otherwise: KILL_PROCESS }));
+                ranges.push((X32_BIT, Treatment::plain(KILL_PROCESS)));
             }
             // -1 is what a tracer sets to skip a call, not a number of x32.
-            ranges.push((u32::MAX, Treatment { rules: Vec::new(), otherwise: default }));
+            ranges.push((u32::MAX, Treatment::plain(default)));
         }
         ranges.dedup_by(|next, previous| next.1 == previous.1);
         let mut shared = Vec::new();
-        let tree = search(&mut code, arch, &ranges, &mut shared);
+        let tree = search(&mut code, arch, &ranges, &chains, &mut shared);
         let tree = code.load(NUMBER, tree);
         start = code.branch(Test::Equal, arch.token(), tree, start);
     }
@@ -212,7 +231,13 @@ fn compile_for(native: Arch, profile: &spec::Seccomp) -> Result<Vec<sock_filter>
 }
 
 /// Cuts all numbers of an architecture into ranges of equal treatment, each given by its first number.
-fn treatments(arch: Arch, entries: &[Entry], default: u32, unknown: u32) -> Vec<(u32, Treatment)> {
+fn treatments<'a>(
+    arch: Arch,
+    entries: &'a [Entry],
+    default: u32,
+    unknown: u32,
+    chains: &mut Chains<'a>,
+) -> Vec<(u32, Treatment)> {
     let base = if arch == Arch::X32 { X32_BIT } else { 0 };
     let mut last = None;
     // (number, position of the rule, rule): sorted, each call's rules stand together in their order.
@@ -234,30 +259,34 @@ fn treatments(arch: Arch, entries: &[Entry], default: u32, unknown: u32) -> Vec<
     // Stable: rules of one entry have one position and are in order already.
     named.sort_by_key(|(number, position, _)| (*number, *position));
 
-    let refused = Treatment { rules: Vec::new(), otherwise: default };
-    let mut ranges = vec![(base, refused.clone())];
-    let mut add = |from: u32, treatment: &Treatment| match ranges.last_mut() {
-        Some((_, last)) if last == treatment => {}
-        Some((start, last)) if *start == from => *last = treatment.clone(),
-        _ => ranges.push((from, treatment.clone())),
+    let refused = Treatment::plain(default);
+    let mut ranges = vec![(base, refused)];
+    let mut add = |from: u32, treatment: Treatment| match ranges.last_mut() {
+        Some((_, last)) if *last == treatment => {}
+        Some((start, last)) if *start == from => *last = treatment,
+        _ => ranges.push((from, treatment)),
     };
     for call in named.chunk_by(|a, b| a.0 == b.0) {
         let number = call[0].0;
-        let mut treatment = refused.clone();
+        let mut treatment = refused;
+        let mut chain: Vec<&Rule> = Vec::new();
         for (.., rule) in call {
             if rule.conditions.is_empty() {
                 treatment.otherwise = rule.action;
                 break;
             }
-            if !treatment.rules.contains(*rule) {
-                treatment.rules.push((*rule).clone());
+            if !chain.contains(rule) {
+                chain.push(rule);
             }
         }
-        add(number, &treatment);
-        add(number + 1, &refused);
+        if !chain.is_empty() {
+            treatment.chain = chains.place(chain);
+        }
+        add(number, treatment);
+        add(number + 1, refused);
     }
     if let Some(last) = last {
-        let newer = Treatment { rules: Vec::new(), otherwise: unknown };
+        let newer = Treatment::plain(unknown);
         // ARM's private calls lie far above; what follows the last ordinary one gives way to them.
         let at = ranges.partition_point(|(from, _)| *from <= last);
         match ranges.get_mut(at) {
@@ -283,41 +312,44 @@ fn search(
     code: &mut Code,
     arch: Arch,
     ranges: &[(u32, Treatment)],
-    shared: &mut Vec<(bool, Treatment, Target)>,
+    chains: &Chains,
+    shared: &mut Vec<(Treatment, Target)>,
 ) -> Target {
     match ranges {
         [] => Target::Return(KILL_PROCESS),
-        [(_, treatment)] => treat(code, arch.narrow(), treatment, shared),
+        [(_, treatment)] => treat(code, arch.narrow(), *treatment, chains, shared),
         _ => {
             let (left, right) = ranges.split_at(ranges.len() / 2);
-            let above = search(code, arch, right, shared);
-            let below = search(code, arch, left, shared);
+            let above = search(code, arch, right, chains, shared);
+            let below = search(code, arch, left, chains, shared);
             code.branch(Test::GreaterOrEqual, right[0].0, above, below)
         }
     }
 }
 
+/// The rules of a call, tried in order. Calls that are treated alike share them.
 fn treat(
     code: &mut Code,
     narrow: bool,
-    treatment: &Treatment,
-    shared: &mut Vec<(bool, Treatment, Target)>,
+    treatment: Treatment,
+    chains: &Chains,
+    shared: &mut Vec<(Treatment, Target)>,
 ) -> Target {
     let mut next = Target::Return(treatment.otherwise);
-    if treatment.rules.is_empty() {
+    if treatment.chain == 0 {
         return next;
     }
-    if let Some((.., target)) = shared.iter().find(|(n, t, _)| *n == narrow && t == treatment) {
+    if let Some((_, target)) = shared.iter().find(|(known, _)| *known == treatment) {
         return *target;
     }
-    for rule in treatment.rules.iter().rev() {
+    for rule in chains.0[treatment.chain].iter().rev() {
         let mut then = Target::Return(rule.action);
         for condition in rule.conditions.iter().rev() {
             then = compare(code, narrow, condition, then, next);
         }
         next = then;
     }
-    shared.push((narrow, treatment.clone(), next));
+    shared.push((treatment, next));
     next
 }
 
@@ -372,13 +404,15 @@ fn equal(code: &mut Code, narrow: bool, low: u32, mask: u64, value: u64, yes: Ta
 impl Entry<'_> {
     fn new(entry: &spec::SeccompSyscall, default: u32) -> Result<Entry<'_>, Error> {
         let rules = rules(entry, default)?;
-        let through = entry.names.iter().filter_map(|name| arch::behind(name));
-        let behind = through
+        let names: Vec<Name> = entry.names.iter().map(|name| Name::new(name)).collect();
+        let behind = names
+            .iter()
+            .filter_map(arch::behind)
             .flat_map(|(number, value)| {
                 rules.iter().filter_map(move |rule| Some((number, hidden(rule, value)?)))
             })
             .collect();
-        Ok(Entry { names: entry.names.iter().map(|name| Name::new(name)).collect(), rules, behind })
+        Ok(Entry { names, rules, behind })
     }
 }
 

@@ -66,7 +66,7 @@ impl<'a> Plain<'a> {
         let named = [Arch::X86_64, Arch::X86, Arch::X32, Arch::Aarch64, Arch::Arm].map(|arch| {
             let entries = profile.syscalls.iter().map(|entry| {
                 let numbers = entry.names.iter().filter_map(|n| arch.number(&Name::new(n))).collect();
-                let behind = entry.names.iter().filter_map(|n| arch::behind(n));
+                let behind = entry.names.iter().filter_map(|n| arch::behind(&Name::new(n)));
                 (numbers, behind.filter(|_| arch == Arch::X86).collect())
             });
             (arch, entries.collect())
