@@ -147,9 +147,13 @@ pub struct Birth {
 
 impl Birth {
     pub fn new(daemon: &Arc<Daemon>) -> Result<Birth> {
-        let id = mint()?;
+        Ok(Birth::of(daemon, mint()?))
+    }
+
+    /// For an object that an earlier daemon was making.
+    pub fn of(daemon: &Arc<Daemon>, id: String) -> Birth {
         daemon.births.write().insert(id.clone());
-        Ok(Birth { daemon: daemon.clone(), id })
+        Birth { daemon: daemon.clone(), id }
     }
 }
 

@@ -14,7 +14,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     containers::{self, Container, exit},
-    daemon::{Daemon, IO, NETNS, PODS, blocking, is_id, now},
+    daemon::{Birth, Daemon, IO, NETNS, PODS, blocking, is_id, now},
     pods::{self, Phase, Pod, network as net},
     shim::{self, Shim},
     store::{Change, Kind, Row},
@@ -219,8 +219,12 @@ fn resume_pod(daemon: &Arc<Daemon>, pod: &Arc<Pod>) -> bool {
     let (daemon, pod) = (daemon.clone(), pod.clone());
     match (phase, pod.shim().is_some()) {
         (Phase::Creating, _) => {
+            let birth = Birth::of(&daemon, pod.id.clone());
             daemon.pods.remove(&pod.id);
-            tokio::spawn(async move { pods::run::unmake(&daemon, &pod).await });
+            tokio::spawn(async move {
+                pods::run::unmake(&daemon, &pod).await;
+                drop(birth);
+            });
         }
         (Phase::Ready, true) => {
             pods::watch::begin(&daemon, &pod);

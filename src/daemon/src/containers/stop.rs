@@ -49,16 +49,22 @@ pub async fn end(daemon: &Arc<Daemon>, container: &Arc<Container>, grace: Durati
         let by = now().saturating_add(i64::try_from(grace.as_nanos()).unwrap_or(i64::MAX));
         container.change(|state| state.stop_by = Some(by));
         daemon.store.put_later(record::row(container));
-        if !grace.is_zero() {
-            send(container, number(container), false).await?;
+        if !grace.is_zero()
+            && let Ok(sent) = timeout(grace, send(container, number(container), false)).await
+        {
+            sent?;
         }
     }
     if container.grace_over().await {
         return Ok(());
     }
-    send(container, SIGKILL, true).await?;
-    if timeout(DEATH, container.ended()).await.is_ok() {
-        return Ok(());
+    let killed = timeout(DEATH, async {
+        send(container, SIGKILL, true).await?;
+        container.ended().await;
+        Ok(())
+    });
+    if let Ok(result) = killed.await {
+        return result;
     }
     let stuck = container.look(|state| state.pid != 0 && shim::letter(state.pid) == Some('D'));
     match stuck {
