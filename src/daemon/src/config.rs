@@ -6,6 +6,7 @@
 use std::{
     collections::BTreeMap,
     fmt,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -459,6 +460,8 @@ pub enum Error {
     Read(PathBuf, std::io::Error),
     #[error("{0}: {1}")]
     Parse(PathBuf, toml::de::Error),
+    #[error("{0} can be written by others than root")]
+    Untrusted(PathBuf),
     #[error("{0}")]
     Value(String),
 }
@@ -558,8 +561,18 @@ impl Config {
     }
 }
 
+/// What decides over root must be root's alone.
+pub fn trusted(path: &Path) -> Result<(), Error> {
+    let meta = std::fs::metadata(path).map_err(|e| Error::Read(path.into(), e))?;
+    match meta.uid() == 0 && meta.mode() & 0o022 == 0 {
+        true => Ok(()),
+        false => Err(Error::Untrusted(path.into())),
+    }
+}
+
 /// The file as a table, and typed: the second is what finds unknown keys with their lines.
 fn read(path: &Path) -> Result<(toml::Table, Config), Error> {
+    trusted(path)?;
     let text = std::fs::read_to_string(path).map_err(|e| Error::Read(path.into(), e))?;
     let config = toml::from_str(&text).map_err(|e| Error::Parse(path.into(), e))?;
     let table = toml::from_str(&text).map_err(|e| Error::Parse(path.into(), e))?;
@@ -686,5 +699,14 @@ mod tests {
         let live = Config::default().live(new);
         assert_eq!(live.root, Config::default().root);
         assert_eq!(live.images.max_concurrent_downloads, 1);
+    }
+
+    #[test]
+    fn h02_a_file_that_others_can_write_is_not_trusted() {
+        use std::os::unix::fs::PermissionsExt;
+        let file = tempfile::NamedTempFile::new().unwrap();
+        trusted(file.path()).unwrap();
+        std::fs::set_permissions(file.path(), PermissionsExt::from_mode(0o666)).unwrap();
+        assert!(trusted(file.path()).is_err());
     }
 }

@@ -111,10 +111,7 @@ fn load(arguments: &Arguments) -> Result<Config> {
     let default = PathBuf::from(CONFIG);
     let file = arguments.config.clone().or_else(|| default.exists().then_some(default));
     let mut config = match file {
-        Some(file) => {
-            open::trusted(&file)?;
-            Config::load(&file).context("configuration")?
-        }
+        Some(file) => Config::load(&file).context("configuration")?,
         None => Config::default(),
     };
     for (value, key) in [

@@ -5,7 +5,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, DirBuilder, File, Permissions},
     io,
-    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -16,7 +16,7 @@ use network::Network;
 use rustix::fs::{FlockOperation, flock};
 
 use crate::{
-    config::{Config, Handler, Plugin},
+    config::{self, Config, Handler, Plugin},
     daemon::{IO, NETNS, PODS},
     shim::Program,
 };
@@ -56,15 +56,6 @@ fn lock(dir: &Path) -> Result<File> {
         Err(rustix::io::Errno::WOULDBLOCK) => bail!("another crispd works on {}", dir.display()),
         Err(e) => Err(e).with_context(|| format!("lock {}", path.display())),
     }
-}
-
-/// What decides over root must be root's alone.
-pub fn trusted(path: &Path) -> Result<()> {
-    let meta = fs::metadata(path).with_context(|| format!("look at {}", path.display()))?;
-    if meta.uid() != 0 || meta.mode() & 0o022 != 0 {
-        bail!("{} can be written by others than root", path.display());
-    }
-    Ok(())
 }
 
 /// The database that all parts share, each with its own tables.
@@ -150,7 +141,7 @@ pub fn programs(config: &Config) -> Result<BTreeMap<String, Arc<Program>>> {
         let program = match copies.get(&path) {
             Some(program) => program.clone(),
             None => {
-                trusted(&path)?;
+                config::trusted(&path)?;
                 let program = Program::load(&path).with_context(|| format!("read {}", path.display()))?;
                 copies.entry(path).or_insert(Arc::new(program)).clone()
             }
@@ -176,6 +167,8 @@ fn shim_path(handler: &Handler) -> Result<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
 
     #[test]
@@ -201,13 +194,5 @@ mod tests {
         for dir in [&config.root, &config.state, &config.state.join(PODS)] {
             assert_eq!(fs::metadata(dir).unwrap().mode() & 0o777, 0o700, "{}", dir.display());
         }
-    }
-
-    #[test]
-    fn h02_a_file_that_others_can_write_is_not_trusted() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        trusted(file.path()).unwrap();
-        fs::set_permissions(file.path(), Permissions::from_mode(0o666)).unwrap();
-        assert!(trusted(file.path()).is_err());
     }
 }
