@@ -170,10 +170,7 @@ impl Images {
     /// Removes an image with all of its names, in every repository. What a snapshot still uses stays on the disk
     /// until that is released. False if there was no such image.
     pub async fn remove(&self, name: &str) -> Result<bool, Error> {
-        let id = match self.find(name) {
-            Some(image) => Some(image.id.clone()),
-            None => None,
-        };
+        let id = self.find(name).map(|image| image.id.clone());
         let name = match Reference::parse(name, self.live().config.default_registry.as_deref()) {
             Ok(reference) => reference.to_string(),
             Err(_) => name.to_owned(),

@@ -48,7 +48,7 @@ pub(crate) struct Manifest {
 /// What a registry may answer to a reference.
 #[derive(Debug, Clone)]
 pub(crate) enum Document {
-    Manifest(Manifest),
+    Manifest(Box<Manifest>),
     Index(Vec<Descriptor>),
 }
 
@@ -116,7 +116,7 @@ pub(crate) fn parse(what: &str, body: &[u8], content_type: Option<&str>) -> Resu
             if config.size > MAX_DOCUMENT {
                 return Err(too_long(&config.digest.to_string()));
             }
-            Ok(Document::Manifest(Manifest { config, layers }))
+            Ok(Document::Manifest(Box::new(Manifest { config, layers })))
         }
         (None, None, Some(manifests)) if declared != Some(Kind::Manifest) => {
             if manifests.len() > MAX_DESCRIPTORS {

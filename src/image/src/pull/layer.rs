@@ -123,20 +123,23 @@ pub(super) async fn unpack(
     let _download = live.downloads.clone().acquire_owned().await.map_err(closed)?;
     let _unpack = live.unpacks.clone().acquire_owned().await.map_err(closed)?;
     let mut stream = source.open(&blob)?;
-    let mut wrong = 0;
+    let mut wrong: Option<Error> = None;
+    let mut servers = 0;
     let (staged, unpacked) = loop {
         // Declared before the child, so dropped after it: nobody writes to what is being removed.
         let staged = Staged::new(&images)?;
         match feed(&live, &staged, &mut stream, &blob, &diff_id).await {
             Ok(unpacked) => break (staged, unpacked),
             Err(error @ Error::Digest { .. }) => {
-                wrong += 1;
-                if wrong >= MAX_WRONG || !stream.elsewhere() {
+                servers += 1;
+                if servers >= MAX_WRONG || !stream.elsewhere() {
                     return Err(error);
                 }
                 tracing::warn!(layer = %blob.digest, %error, "a server sent wrong bytes, another is asked");
+                wrong = Some(error);
             }
-            Err(error) => return Err(error),
+            // That the others have nothing is not the news.
+            Err(error) => return Err(wrong.unwrap_or(error)),
         }
     };
     place(&images, staged, unpacked, diff_id).await

@@ -54,7 +54,7 @@ pub(crate) async fn registry(
         })
         .await?
     };
-    let source = Arc::new(Source::Registry(session));
+    let source = Arc::new(Source::Registry(Box::new(session)));
     let selector = match reference.digest() {
         Some(digest) => digest.to_string(),
         None => reference.tag().unwrap_or("latest").to_owned(),
@@ -169,7 +169,7 @@ async fn choose(images: &Images, source: &Source, what: &str, top: Top) -> Resul
             continue;
         };
         match manifest::parse(what, &document.body, document.content_type.as_deref())? {
-            Document::Manifest(manifest) => match usable(images, source, what, &document, manifest).await? {
+            Document::Manifest(manifest) => match usable(images, source, what, &document, *manifest).await? {
                 Some(chosen) => return Ok(chosen),
                 None => last = Some(platform()),
             },

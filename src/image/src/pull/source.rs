@@ -17,7 +17,7 @@ use crate::registry::{Download, Session};
 use crate::tree::DIRECTORY;
 
 pub(super) enum Source {
-    Registry(Session),
+    Registry(Box<Session>),
     /// An OCI image layout.
     Layout(OwnedFd),
 }

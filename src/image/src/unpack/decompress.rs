@@ -20,7 +20,7 @@ const PIECE: usize = 256 << 10;
 const WAITING: usize = 4;
 
 /// An archive may always have this many bytes.
-const FREE: u64 = 2 << 30;
+const FREE: u64 = 1 << 30;
 /// Beyond them, so many bytes for each compressed one. Layers of real images stay below 30 on the whole; gzip itself
 /// ends at 1032.
 const PROPORTION: u64 = 200;

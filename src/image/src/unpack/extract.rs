@@ -307,8 +307,7 @@ impl Extractor {
         let whole = if path.is_empty() { b".".as_slice() } else { &path };
         match openat2(&self.root, whole, flags, Mode::empty(), INSIDE) {
             Ok(parent) => return Ok(parent),
-            Err(Errno::NOENT) => {}
-            Err(Errno::NOTDIR) => return Err(refused(&path, "is not a directory".into())),
+            Err(Errno::NOENT | Errno::NOTDIR) => {}
             Err(error) => return Err(host("open", &path)(error)),
         }
         for depth in 1..=parents.len() {
@@ -317,19 +316,39 @@ impl Extractor {
             let name = parents.get(depth - 1).copied().unwrap_or_default();
             let upper = if upper.is_empty() { b".".to_vec() } else { upper };
             let upper = openat2(&self.root, upper.as_slice(), flags, Mode::empty(), INSIDE)
-                .map_err(host("open", &whole))?;
+                .map_err(|error| through(&whole, error))?;
             match mkdirat(&upper, name, Mode::from_raw_mode(0o755)) {
-                Ok(()) => {
-                    self.count(&upper, name)?;
-                    if self.implied.len() < MOST_IMPLIED {
-                        self.implied.insert(whole);
-                    }
-                }
-                Err(Errno::EXIST) => {}
+                Ok(()) => self.imply(whole),
+                Err(Errno::EXIST) => self.imply_over(&upper, name, &whole)?,
                 Err(error) => return Err(host("make directory", &whole)(error)),
             }
         }
-        openat2(&self.root, path.as_slice(), flags, Mode::empty(), INSIDE).map_err(host("open", &path))
+        openat2(&self.root, path.as_slice(), flags, Mode::empty(), INSIDE)
+            .map_err(|error| through(&path, error))
+    }
+
+    fn imply(&mut self, path: Vec<u8>) {
+        if self.implied.len() < MOST_IMPLIED {
+            self.implied.insert(path);
+        }
+    }
+
+    /// Something has the name that a directory is implied by: a directory or a link may stay, a whiteout makes way.
+    fn imply_over(&mut self, upper: &OwnedFd, name: &[u8], whole: &[u8]) -> Result<()> {
+        let there = statat(upper, name, AtFlags::SYMLINK_NOFOLLOW).map_err(host("look at", whole))?;
+        match FileType::from_raw_mode(there.st_mode) {
+            FileType::Directory | FileType::Symlink => Ok(()),
+            FileType::CharacterDevice if there.st_rdev == 0 => {
+                // What the layers below have there stays hidden, its attributes too: the directory is a new one.
+                unlinkat(upper, name, AtFlags::empty()).map_err(host("replace", whole))?;
+                mkdirat(upper, name, Mode::from_raw_mode(0o755)).map_err(host("make directory", whole))?;
+                let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let directory =
+                    openat2(upper, name, flags, Mode::empty(), NO_LINKS).map_err(host("open", whole))?;
+                opaque(&directory).map_err(host("mark opaque", whole))
+            }
+            _ => Err(refused(whole, "is not a directory".into())),
+        }
     }
 
     fn root_attributes(&mut self, entry: &Entry) -> Result<()> {
@@ -664,6 +683,16 @@ fn padding(size: u64) -> u64 {
 
 fn refused(path: &[u8], why: String) -> Error {
     Error::Entry { path: String::from_utf8_lossy(path).into_owned(), why }
+}
+
+/// A parent that cannot be entered leads through a link: to nothing, in a circle, or to what is no directory.
+fn through(path: &[u8], error: Errno) -> Error {
+    match error {
+        Errno::NOENT | Errno::NOTDIR | Errno::LOOP => {
+            refused(path, "leads through a link to no directory".into())
+        }
+        error => host("open", path)(error),
+    }
 }
 
 fn host(act: &'static str, path: &[u8]) -> impl FnOnce(Errno) -> Error {

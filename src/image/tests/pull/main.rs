@@ -2,6 +2,9 @@
 //! A program of its own, because the unpack helper is this very program, started with `unpack` as first argument.
 //! Arguments other than that are parts of test names to run.
 
+// A test without the harness is no test to clippy.
+#![allow(clippy::unwrap_used, clippy::type_complexity)]
+
 mod auth;
 mod faults;
 mod fixtures;
@@ -16,7 +19,7 @@ use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::time::{Duration, Instant};
 
-type Test = (&'static str, fn() -> Pin<Box<dyn Future<Output = ()> + Send>>);
+type Test = (&'static str, fn() -> Pin<Box<dyn Future<Output = ()>>>);
 
 /// Names a list of async functions.
 #[macro_export]

@@ -68,11 +68,6 @@ impl Reply {
         self.body = body.into();
         self
     }
-
-    pub(crate) fn fault(mut self, fault: Fault) -> Reply {
-        self.fault = fault;
-        self
-    }
 }
 
 /// What is asked before the content: `Some` answers in its place.
