@@ -1,6 +1,8 @@
 //! The lives of containers, through the command line, on this kernel. The root file system is made of the host's
 //! programs, bound read-only.
 
+#![allow(clippy::unwrap_used)]
+
 use std::fs;
 use std::io::{IoSliceMut, Read, Write};
 use std::os::unix::net::UnixListener;
