@@ -208,7 +208,11 @@ async fn pump(
         }
         let mut ready = tokio::select! {
             biased;
-            _ = phase.changed() => continue,
+            changed = phase.changed() => match changed {
+                Ok(()) => continue,
+                // Nobody waits for the stream any more, and nobody will ever say so again.
+                Err(_) => break,
+            },
             ready = from.readable() => match ready {
                 Ok(ready) => ready,
                 Err(_) => break,
@@ -724,5 +728,16 @@ mod tests {
                 .ends_with("[crisp: 13 bytes of this log were lost: No space left on device (os error 28)]")
         );
         assert_eq!(sink.lost, 0);
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_stream_whose_log_is_gone_ends_in_place_of_spinning() {
+        let (ours, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+        rustix::fs::fcntl_setfl(&ours, OFlags::NONBLOCK).unwrap();
+        let sink = Arc::new(Mutex::new(Sink::new(tempfile::tempfile().unwrap())));
+        let phase = watch::Sender::new(Phase::Running).subscribe();
+        let pump = pump(kernel::watch(ours).unwrap(), Lines::new(Stream::Stdout, RECORD), sink, phase);
+        time::timeout(Duration::from_secs(10), pump).await.expect("the pump ends");
+        drop(theirs);
     }
 }
