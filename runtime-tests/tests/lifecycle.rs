@@ -110,7 +110,9 @@ async fn killed_by_a_signal_is_128_plus_its_number() -> Result<()> {
 async fn stop_is_gentle_first_and_firm_after_the_grace() -> Result<()> {
     let bed = Bed::new().await?;
     let pod = bed.host_pod("stop").await?;
-    let polite = pod.start("polite", "trap 'exit 42' TERM; while :; do sleep 0.05; done").await?;
+    let polite = pod.start("polite", "trap 'exit 42' TERM; echo set; while :; do sleep 0.05; done").await?;
+    // Before its trap is set the first process of a pid namespace is spared by SIGTERM.
+    runtime_tests::bed::wait_log(&pod.log("polite"), "set")?;
     bed.client.stop(&polite, 10).await?;
     assert_eq!(bed.client.status(&polite).await?.exit_code, 42);
 
