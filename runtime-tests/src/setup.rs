@@ -159,6 +159,19 @@ pub fn for_demo() -> Result<()> {
     musl()
 }
 
+/// Parts of the Rust toolchain that a minimal one lacks.
+pub fn for_style() -> Result<()> {
+    for (probe, component) in [("fmt", "rustfmt"), ("clippy", "clippy")] {
+        let there = run::output(Command::new("cargo").args([probe, "--version"]), Duration::from_secs(30))?;
+        if !there.status.success() {
+            println!("setup: adding the Rust component {component}");
+            let mut add = Command::new("rustup");
+            run::status(add.args(["component", "add", component]), Duration::from_secs(300))?;
+        }
+    }
+    Ok(())
+}
+
 /// What it takes to run the tests that need no upstream program.
 pub fn for_tests() -> Result<()> {
     packages(&[TO_BUILD, TO_TEST].concat())?;
@@ -169,6 +182,7 @@ pub fn for_tests() -> Result<()> {
 /// Everything.
 pub fn everything() -> Result<()> {
     for_tests()?;
+    for_style()?;
     for module in MODULES {
         go(module)?;
     }

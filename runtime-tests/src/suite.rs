@@ -38,6 +38,7 @@ const REST: &[(&str, Part)] = &[
 /// What is quick: no pod is made.
 pub fn check() -> Result<()> {
     setup::for_demo()?;
+    setup::for_style()?;
     parts(QUICK)
 }
 
@@ -71,8 +72,11 @@ fn parts(list: &[(&str, Part)]) -> Result<()> {
     }
     println!("\n==== summary");
     lines.iter().for_each(|line| println!("{line}"));
-    // On stdout and last of all, even before the message of a failure: scripts read this line.
-    println!("{} passed, {} failed, {} skipped", sum.passed, sum.failed, sum.skipped);
+    // On stdout and last of all: scripts read this line. It is kept in a file too, because make adds a line of its own
+    // when something failed.
+    let line = format!("{} passed, {} failed, {} skipped", sum.passed, sum.failed, sum.skipped);
+    std::fs::write(place::cache()?.join("summary"), format!("{line}\n"))?;
+    println!("{line}");
     if sum.failed > 0 { std::process::exit(1) } else { Ok(()) }
 }
 
