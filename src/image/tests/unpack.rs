@@ -22,12 +22,13 @@ fn main() {
         std::process::exit(image::unpack::main(arguments));
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let tests: [(&str, fn(&tokio::runtime::Runtime)); 5] = [
+    let tests: [(&str, fn(&tokio::runtime::Runtime)); 6] = [
         ("every_compression_gives_the_same_layer_and_digest", every_compression),
         ("s35_a_layer_out_of_all_proportion_is_refused", bomb),
         ("a_layer_cannot_write_outside_its_directory", outside),
         ("a_dropped_unpacking_leaves_no_process", dropped),
         ("what_is_no_archive_is_refused", rubbish),
+        ("h40_the_helper_has_nothing_that_it_does_not_need", confined),
     ];
     for (name, test) in tests {
         test(&runtime);
@@ -154,7 +155,12 @@ fn dropped(runtime: &tokio::runtime::Runtime) {
         let needle = directory.path().as_os_str().as_encoded_bytes().to_vec();
         lines.filter(|line| line.windows(needle.len()).any(|part| part == needle)).count()
     };
-    assert_eq!(running(), 1);
+    let started = std::time::Instant::now();
+    // Between the fork and the exec its arguments are still ours.
+    while running() != 1 {
+        assert!(started.elapsed() < Duration::from_secs(10), "the helper runs");
+        std::thread::sleep(Duration::from_millis(1));
+    }
     runtime.block_on(async {
         drop(unpacking);
         let gone = async {
@@ -172,4 +178,59 @@ fn rubbish(runtime: &tokio::runtime::Runtime) {
         let refused = runtime.block_on(unpack(directory.path(), compression, &[0x55; 4000])).unwrap_err();
         assert!(matches!(refused, Error::Malformed(_)), "{refused:?}");
     }
+}
+
+/// What the kernel says of a helper that waits for its input.
+fn confined(runtime: &tokio::runtime::Runtime) {
+    let directory = tempfile::tempdir().unwrap();
+    fs::write(directory.path().join("mark"), "").unwrap();
+    let unpacking =
+        runtime.block_on(async { unpacker().start(directory.path(), Compression::Plain, "sha256").unwrap() });
+    let needle = directory.path().as_os_str().as_encoded_bytes().to_vec();
+    let find = || {
+        fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path()).find(|path| {
+            let line = fs::read(path.join("cmdline")).unwrap_or_default();
+            line.windows(needle.len()).any(|part| part == needle)
+        })
+    };
+    let started = std::time::Instant::now();
+    let proc = loop {
+        match find() {
+            Some(proc) => break proc,
+            None => assert!(started.elapsed() < Duration::from_secs(10), "the helper runs"),
+        }
+    };
+    let status = || fs::read_to_string(proc.join("status")).unwrap();
+    let field = |name: &str| {
+        let text = status();
+        text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().trim().to_owned()
+    };
+    while field("Seccomp:") != "2" || field("Threads:") != "2" {
+        assert!(started.elapsed() < Duration::from_secs(10), "{}", status());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(field("NoNewPrivs:"), "1");
+    // CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SYS_ADMIN, MKNOD, SETFCAP; see capabilities(7) for the numbers.
+    let needed = [0u64, 1, 3, 4, 21, 27, 31].iter().fold(0, |set, bit| set | 1 << bit);
+    for set in ["CapEff:", "CapPrm:"] {
+        assert_eq!(u64::from_str_radix(&field(set), 16).unwrap() & !needed, 0, "{set}");
+    }
+    assert_eq!(field("CapInh:").trim_start_matches('0'), "");
+    for space in ["mnt", "net", "ipc", "uts"] {
+        let of = |path: &Path| fs::read_link(path.join("ns").join(space)).unwrap();
+        assert_ne!(of(&proc), of(Path::new("/proc/self")), "{space}");
+    }
+    // Its root is the layer, and nothing else is mounted.
+    assert!(proc.join("root/mark").exists());
+    assert_eq!(fs::read_to_string(proc.join("mountinfo")).unwrap().lines().count(), 1);
+    let mut open: Vec<_> = fs::read_dir(proc.join("fd")).unwrap().map(|fd| fd.unwrap().path()).collect();
+    open.sort();
+    let beyond: Vec<_> = open.iter().skip(3).map(|fd| fs::read_link(fd).unwrap()).collect();
+    assert!(beyond.iter().all(|target| target == directory.path() || target == Path::new("/")), "{beyond:?}");
+    let limits = fs::read_to_string(proc.join("limits")).unwrap();
+    for name in ["Max address space", "Max file size", "Max cpu time", "Max core file size"] {
+        let line = limits.lines().find(|line| line.starts_with(name)).unwrap();
+        assert!(!line.contains("unlimited"), "{line}");
+    }
+    drop(unpacking);
 }

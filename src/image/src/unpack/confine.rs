@@ -64,6 +64,7 @@ fn limits() -> io::Result<()> {
         (Resource::As, MEMORY),
         (Resource::Cpu, CPU_SECONDS),
         (Resource::Nofile, DESCRIPTORS),
+        (Resource::Fsize, super::MOST_FILE),
         (Resource::Core, 0),
     ];
     for (resource, bound) in bounds {

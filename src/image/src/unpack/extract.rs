@@ -22,7 +22,7 @@ use rustix::{
 };
 use tar_core::{
     EntryType, HEADER_SIZE, PaxExtensions, SparseEntry,
-    parse::{Limits, ParseEvent, ParsedEntry, Parser},
+    parse::{Limits, ParseError, ParseEvent, ParsedEntry, Parser},
 };
 
 use super::Unpacked;
@@ -63,6 +63,8 @@ pub(super) enum Error {
     Entry { path: String, why: String },
     #[error("archive has more than {0} entries")]
     TooMany(u64),
+    #[error("archive: {0}")]
+    TooMuch(String),
     #[error("{act} {path:?}: {source}")]
     Host { act: &'static str, path: String, source: Errno },
 }
@@ -134,6 +136,8 @@ impl Extractor {
         let mut parser = Parser::new(limits);
         // "./" names the root itself.
         parser.set_allow_empty_path(true);
+        // It knows no time before 1970 and would refuse one; `checked_pax` is strict in its place.
+        parser.set_ignore_pax_errors(true);
         Extractor {
             root,
             parser,
@@ -187,21 +191,27 @@ impl Extractor {
     fn next(&mut self, archive: &mut impl Read) -> Result<Next> {
         loop {
             let input = self.buffer.get(self.start..self.end).unwrap_or_default();
-            let (consumed, next) =
-                match self.parser.parse(input).map_err(|e| Error::Archive(e.to_string()))? {
-                    ParseEvent::NeedData { min_bytes } => {
-                        if !self.fill(archive, min_bytes)? {
-                            return Ok(Next::End);
-                        }
-                        continue;
+            let (consumed, next) = match self.parser.parse(input).map_err(unparsed)? {
+                ParseEvent::NeedData { min_bytes } => {
+                    if !self.fill(archive, min_bytes)? {
+                        return Ok(Next::End);
                     }
-                    ParseEvent::Entry { consumed, entry } => (consumed, owned(&entry, None)?),
-                    ParseEvent::SparseEntry { consumed, entry, sparse_map, real_size } => {
-                        (consumed, owned(&entry, Some(Sparse { pieces: sparse_map, size: real_size }))?)
-                    }
-                    ParseEvent::GlobalExtensions { consumed, .. } => (consumed, Next::Nothing),
-                    ParseEvent::End { consumed } => (consumed, Next::End),
-                };
+                    continue;
+                }
+                ParseEvent::Entry { consumed, entry } => {
+                    strict(input, consumed)?;
+                    (consumed, owned(&entry, None)?)
+                }
+                ParseEvent::SparseEntry { consumed, entry, sparse_map, real_size } => {
+                    strict(input, consumed)?;
+                    (consumed, owned(&entry, Some(Sparse { pieces: sparse_map, size: real_size }))?)
+                }
+                ParseEvent::GlobalExtensions { consumed, pax_data } => {
+                    global(input, pax_data)?;
+                    (consumed, Next::Nothing)
+                }
+                ParseEvent::End { consumed } => (consumed, Next::End),
+            };
             self.start += consumed;
             return Ok(next);
         }
@@ -471,6 +481,9 @@ impl Extractor {
         if total != entry.size {
             return Err(refused(&entry.path, "its sparse map and its content differ in size".into()));
         }
+        if sparse.size > super::MOST_FILE {
+            return Err(Error::TooMuch(format!("a sparse file of {} bytes", sparse.size)));
+        }
         ftruncate(file, sparse.size).map_err(host("size", &entry.path))?;
         for piece in &sparse.pieces {
             self.write(entry, file, piece.offset, piece.length, archive)?;
@@ -702,8 +715,9 @@ fn host(act: &'static str, path: &[u8]) -> impl FnOnce(Errno) -> Error {
 
 fn owned(entry: &ParsedEntry<'_>, sparse: Option<Sparse>) -> Result<Next> {
     let bad = |why: &str| refused(&entry.path, why.into());
-    let modified = checked_pax(entry)?
-        .unwrap_or(Timespec { tv_sec: i64::try_from(entry.mtime).unwrap_or(0), tv_nsec: 0 });
+    let Checked { modified, size: said } = checked_pax(entry)?;
+    // A time before 1970 comes out of the header as its two's complement.
+    let modified = modified.unwrap_or(Timespec { tv_sec: entry.mtime.cast_signed(), tv_nsec: 0 });
     let target = || entry.link_target.as_deref().map(<[u8]>::to_vec).filter(|target| !target.is_empty());
     let device = |character| {
         let (major, minor) = (entry.dev_major.unwrap_or(0), entry.dev_minor.unwrap_or(0));
@@ -724,6 +738,14 @@ fn owned(entry: &ParsedEntry<'_>, sparse: Option<Sparse>) -> Result<Next> {
         kind if kind.is_fifo() => Kind::Fifo,
         kind => return Err(bad(&unknown(kind))),
     };
+    // Archivers of old write the size of the file that a hard link names; no content follows, as all readers agree.
+    // For anything else without content they do not.
+    let size = match &kind {
+        Kind::File { .. } => entry.size,
+        Kind::Hardlink(_) if !said => 0,
+        _ if entry.size == 0 => 0,
+        _ => return Err(bad("has content, which its kind does not")),
+    };
     let id = |id: u64, what| u32::try_from(id).ok().filter(|id| *id != u32::MAX).ok_or_else(|| bad(what));
     let uid = id(entry.uid, "has an owner out of range")?;
     let gid = id(entry.gid, "has a group out of range")?;
@@ -734,39 +756,137 @@ fn owned(entry: &ParsedEntry<'_>, sparse: Option<Sparse>) -> Result<Next> {
         mode: Mode::from_raw_mode(entry.mode & 0o7777),
         modified,
         xattrs: wanted_xattrs(entry)?,
-        size: entry.size,
+        size,
     })))
+}
+
+/// Numbers that the parser cuts to 64 bits are refused, in extended headers as well as in the entry's own: readers
+/// that cut them differently would find different entries (CVE-2025-62518 and its kin).
+fn strict(input: &[u8], consumed: usize) -> Result<()> {
+    let mut at = 0;
+    while let Some(header) = input.get(at..at + HEADER_SIZE).filter(|_| at < consumed) {
+        if header.iter().all(|byte| *byte == 0) {
+            at += HEADER_SIZE;
+            continue;
+        }
+        let field = |from: usize, length: usize| header.get(from..from + length).unwrap_or_default();
+        for number in [field(100, 8), field(108, 8), field(116, 8), field(124, 12)] {
+            if !is_small(number, false) {
+                return Err(Error::Archive("a header has a number out of range".into()));
+            }
+        }
+        if !is_small(field(136, 12), true) {
+            return Err(Error::Archive("a header has a time out of range".into()));
+        }
+        let extension = matches!(field(156, 1), b"x" | b"L" | b"K");
+        if !extension {
+            break;
+        }
+        let size = tar_core::Header::from_bytes(header.try_into().unwrap_or(&[0; HEADER_SIZE]))
+            .entry_size()
+            .map_err(|error| Error::Archive(error.to_string()))?;
+        let padded = size.saturating_add(padding(size));
+        at = at.saturating_add(HEADER_SIZE).saturating_add(usize::try_from(padded).unwrap_or(usize::MAX));
+    }
+    Ok(())
+}
+
+/// Whether a number in base 256 (as GNU writes large ones) fits into 63 bits; octal ones always do.
+fn is_small(field: &[u8], signed: bool) -> bool {
+    let Some((first, rest)) = field.split_first() else { return true };
+    let high = rest.len().saturating_sub(8);
+    let (upper, lower) = rest.split_at(high);
+    let top = lower.first().copied().unwrap_or(0);
+    match first {
+        0x80 => upper.iter().all(|byte| *byte == 0) && (lower.len() < 8 || top < 0x80),
+        0xff => signed && upper.iter().all(|byte| *byte == 0xff) && (lower.len() < 8 || top >= 0x80),
+        byte => byte & 0x80 == 0,
+    }
+}
+
+/// A global header may comment; what it may not is change the entries behind it, which some readers let it do.
+fn global(input: &[u8], records: &[u8]) -> Result<()> {
+    // The parser forgets an extended header that stands before a global one.
+    if input.get(156) != Some(&b'g') && input.iter().take(HEADER_SIZE).any(|byte| *byte != 0) {
+        return Err(Error::Archive("a global header stands between an entry and its own header".into()));
+    }
+    for record in PaxExtensions::new(records) {
+        let record = record.map_err(|error| Error::Archive(error.to_string()))?;
+        let key = record.key_bytes();
+        if matches!(key, b"path" | b"linkpath" | b"size") || key.starts_with(b"GNU.sparse.") {
+            return Err(Error::Archive("a global header names or sizes entries".into()));
+        }
+    }
+    Ok(())
+}
+
+fn unparsed(error: ParseError) -> Error {
+    match error {
+        ParseError::TooManySparseEntries { .. }
+        | ParseError::MetadataTooLarge { .. }
+        | ParseError::TooManyPendingEntries { .. } => Error::TooMuch(error.to_string()),
+        error => Error::Archive(error.to_string()),
+    }
 }
 
 fn unknown(kind: EntryType) -> String {
     format!("is of unknown type {:?}", char::from(kind.as_byte()))
 }
 
-/// Refuses records that say one thing twice, which readers understand differently (CVE-2025-62518 and its kin).
-/// Returns the modification time when a record gives one.
-fn checked_pax(entry: &ParsedEntry<'_>) -> Result<Option<Timespec>> {
-    let Some(pax) = entry.pax else { return Ok(None) };
+/// What the extended header of an entry says, beyond what the parser makes of it.
+#[derive(Default)]
+struct Checked {
+    modified: Option<Timespec>,
+    /// Whether it gives a size.
+    size: bool,
+}
+
+/// Refuses records that say one thing twice or say it so that readers understand it differently (CVE-2025-62518 and
+/// its kin).
+fn checked_pax(entry: &ParsedEntry<'_>) -> Result<Checked> {
+    let mut checked = Checked::default();
+    let Some(pax) = entry.pax else { return Ok(checked) };
+    let bad = |why: &str| refused(&entry.path, why.into());
     let mut seen = HashSet::new();
-    let mut modified = None;
     for record in PaxExtensions::new(pax) {
-        let record = record.map_err(|_| refused(&entry.path, "has a malformed extended header".into()))?;
+        let record = record.map_err(|_| bad("has a malformed extended header"))?;
         let key = record.key_bytes();
         let sparse_map = key == b"GNU.sparse.offset" || key == b"GNU.sparse.numbytes";
         if !sparse_map && !seen.insert(key) {
-            return Err(refused(&entry.path, "has an extended header that says one thing twice".into()));
+            return Err(bad("has an extended header that says one thing twice"));
         }
-        if key == b"mtime" {
-            modified = record.value().ok().and_then(decimal);
+        let value = record.value().ok();
+        let number = matches!(key, b"size" | b"uid" | b"gid")
+            || key.starts_with(b"GNU.sparse.") && !matches!(key, b"GNU.sparse.name" | b"GNU.sparse.map");
+        let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+        if number && !value.is_some_and(|text| digits(text) && text.parse::<i64>().is_ok()) {
+            return Err(bad("has an extended header with a number that is none"));
+        }
+        match key {
+            b"size" => checked.size = true,
+            b"mtime" => {
+                let time = value.and_then(decimal).ok_or_else(|| bad("has a time that is none"))?;
+                checked.modified = Some(time);
+            }
+            _ => {}
         }
     }
-    Ok(modified)
+    Ok(checked)
 }
 
-/// `1700000000.123456789`; digits beyond nanoseconds are dropped, times before 1970 are 1970's.
+/// `1700000000.123456789`, or with a sign; digits beyond nanoseconds are dropped.
 fn decimal(text: &str) -> Option<Timespec> {
     let (seconds, fraction) = text.split_once('.').unwrap_or((text, ""));
     let nanoseconds: String = fraction.chars().chain("000000000".chars()).take(9).collect();
-    Some(Timespec { tv_sec: seconds.parse().ok()?, tv_nsec: nanoseconds.parse().ok()? })
+    if !nanoseconds.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    let (tv_sec, tv_nsec) = (seconds.parse::<i64>().ok()?, nanoseconds.parse::<i64>().ok()?);
+    // The kernel counts nanoseconds forward from the second: half a second before -5 is -6 and a half on.
+    if seconds.starts_with('-') && tv_nsec > 0 {
+        return Some(Timespec { tv_sec: tv_sec.checked_sub(1)?, tv_nsec: 1_000_000_000 - tv_nsec });
+    }
+    Some(Timespec { tv_sec, tv_nsec })
 }
 
 /// Attributes that a layer may set. overlayfs's own would let a layer redirect or hide at will, other `trusted.` ones
@@ -853,7 +973,7 @@ mod tests {
                 // The length counts its own digits.
                 let rest = format!(" {key}={value}\n");
                 let length =
-                    (1..6).map(|d| d + rest.len()).find(|l| l.to_string().len() + rest.len() == *l).unwrap();
+                    (1..8).map(|d| d + rest.len()).find(|l| l.to_string().len() + rest.len() == *l).unwrap();
                 body.extend_from_slice(format!("{length}{rest}").as_bytes());
             }
             self.entry(b'x', b"pax", 0o644, b"", &body)
@@ -1108,7 +1228,111 @@ mod tests {
             let time = decimal(text).unwrap();
             assert_eq!((time.tv_sec, time.tv_nsec), (seconds, nanoseconds), "{text}");
         }
-        assert!(decimal("x").is_none() && decimal("1.x").is_none());
+        assert!(decimal("x").is_none() && decimal("1.x").is_none() && decimal("").is_none());
+    }
+
+    #[test]
+    fn times_before_1970_are_kept() {
+        let time = |text| decimal(text).map(|time| (time.tv_sec, time.tv_nsec));
+        assert_eq!(time("-5"), Some((-5, 0)));
+        assert_eq!(time("-5.25"), Some((-6, 750_000_000)));
+        assert_eq!(time("-0.5"), Some((-1, 500_000_000)));
+        let source = tempfile::tempdir().unwrap();
+        fs::write(source.path().join("old"), "").unwrap();
+        let old = Timespec { tv_sec: -315_619_200, tv_nsec: 0 };
+        let file = rustix::fs::open(source.path().join("old"), OFlags::RDONLY, Mode::empty()).unwrap();
+        futimens(&file, &times(old)).unwrap();
+        for format in ["gnu", "posix"] {
+            let mut tar = Command::new("tar");
+            tar.args(["-c", &format!("--format={format}"), "-C"]).arg(source.path()).arg("old");
+            let (root, made) = extract(&tar.output().unwrap().stdout);
+            made.unwrap();
+            assert_eq!(fs::metadata(root.path().join("old")).unwrap().mtime(), old.tv_sec, "{format}");
+        }
+    }
+
+    #[test]
+    fn s34_numbers_that_readers_cut_differently_are_refused() {
+        // 2^64 + 512 in base 256, which the parser cuts to 512.
+        let large = |from: usize, archive: &mut Vec<u8>| {
+            archive[from..from + 12].copy_from_slice(&[0x80, 0, 0, 1, 0, 0, 0, 0, 0, 0, 2, 0]);
+            archive[148..156].fill(b' ');
+            let sum: u64 = archive[..512].iter().map(|byte| u64::from(*byte)).sum();
+            archive[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        };
+        let mut own = Tar::default().file("f", &[0; 512]).end();
+        large(124, &mut own);
+        assert!(extract(&own).1.is_err());
+        let mut extended = Tar::default().pax(&[("path", "g")]).file("f", b"").end();
+        large(124, &mut extended);
+        assert!(extract(&extended).1.is_err());
+        for value in ["-1", "", "1 ", "0x1", "99999999999999999999"] {
+            let archive = Tar::default().pax(&[("size", value)]).file("f", b"").end();
+            assert!(extract(&archive).1.is_err(), "{value:?}");
+        }
+    }
+
+    #[test]
+    fn s34_what_has_no_content_must_not_claim_any() {
+        for kind in [b'2', b'3', b'4', b'5', b'6'] {
+            let archive = Tar::default().entry(kind, b"x", 0o644, b"y", &[0; 512]).end();
+            assert!(extract(&archive).1.is_err(), "{}", char::from(kind));
+        }
+        // A hard link with the size of its target: what follows is the next entry.
+        let mut link = Tar::default().entry(b'1', b"x", 0o644, b"f", b"").0;
+        link[124..136].copy_from_slice(b"00000001000\0");
+        link[148..156].fill(b' ');
+        let sum: u64 = link[..512].iter().map(|byte| u64::from(*byte)).sum();
+        link[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        let whole = [Tar::default().file("f", b"1").0, link, Tar::default().file("next", b"").end()].concat();
+        let (root, made) = extract(&whole);
+        made.unwrap();
+        assert!(root.path().join("next").exists() && root.path().join("x").exists());
+    }
+
+    #[test]
+    fn s34_a_global_header_must_not_change_entries() {
+        let global = |key: &str, value: &str| {
+            let mut archive = Tar::default().pax(&[(key, value)]).0;
+            archive[156] = b'g';
+            archive[148..156].fill(b' ');
+            let sum: u64 = archive[..512].iter().map(|byte| u64::from(*byte)).sum();
+            archive[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+            archive
+        };
+        let file = Tar::default().file("f", b"").end();
+        assert!(extract(&[global("comment", "c"), file.clone()].concat()).1.is_ok());
+        for key in ["path", "size", "linkpath", "GNU.sparse.major"] {
+            assert!(extract(&[global(key, "1"), file.clone()].concat()).1.is_err(), "{key}");
+        }
+        let between = [Tar::default().pax(&[("path", "g")]).0, global("comment", "c"), file].concat();
+        assert!(extract(&between).1.is_err());
+    }
+
+    #[test]
+    fn s35_a_sparse_map_without_end_exhausts_nothing() {
+        let map: String = (0..20_000).map(|n| format!("{},0,", n * 10)).collect();
+        let archive = Tar::default()
+            .pax(&[("GNU.sparse.size", "1000000"), ("GNU.sparse.map", map.trim_end_matches(','))])
+            .file("f", b"")
+            .end();
+        assert!(matches!(extract(&archive).1, Err(Error::TooMuch(_))));
+        let archive = Tar::default()
+            .pax(&[("GNU.sparse.size", "9000000000000000000"), ("GNU.sparse.map", "0,1")])
+            .file("f", b"x")
+            .end();
+        assert!(matches!(extract(&archive).1, Err(Error::TooMuch(_))));
+    }
+
+    #[test]
+    fn a_directory_that_is_implied_over_a_whiteout_is_a_new_one() {
+        let archive = Tar::default().file(".wh.d", b"").file("d/e/f", b"").end();
+        let (root, made) = extract(&archive);
+        assert_eq!(made.unwrap().implied, [PathBuf::from("d/e")]);
+        let mut value = [0; 2];
+        assert!(rustix::fs::getxattr(root.path().join("d"), OPAQUE, &mut value[..]).is_ok());
+        let through = Tar::default().symlink("l", "nowhere").file("l/f", b"").end();
+        assert!(matches!(extract(&through).1, Err(Error::Entry { .. })));
     }
 
     #[test]

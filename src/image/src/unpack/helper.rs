@@ -8,6 +8,7 @@ use super::{
     Compression, MOST_REPLY, Reply, confine,
     decompress::{self, Archive},
     extract::{self, Extractor},
+    raw,
 };
 use crate::digest::Hasher;
 
@@ -17,7 +18,10 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> i32 {
     let [compression, algorithm, directory] = arguments.as_slice() else { return 64 };
     let Some(compression) = compression.to_str().and_then(Compression::of) else { return 64 };
     let Some(hasher) = algorithm.to_str().and_then(Hasher::named) else { return 64 };
-    let reply = match confine::to(Path::new(directory)) {
+    let confined = raw::close_inherited()
+        .and_then(|()| confine::to(Path::new(directory)))
+        .and_then(|()| raw::file_system_only());
+    let reply = match confined {
         Ok(()) => unpack(compression, hasher),
         Err(error) => Reply::Host(format!("confine the unpack helper to its directory: {error}")),
     };
@@ -42,7 +46,7 @@ fn say(mut reply: Reply) -> io::Result<()> {
 fn unpack(compression: Compression, hasher: Hasher) -> Reply {
     rustix::process::umask(Mode::empty());
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let root = match rustix::fs::open("/", flags, Mode::empty()) {
+    let root = match rustix::fs::openat(rustix::fs::CWD, "/", flags, Mode::empty()) {
         Ok(root) => root,
         Err(error) => return Reply::Host(format!("open the layer's directory: {error}")),
     };
@@ -66,7 +70,7 @@ fn failed(error: extract::Error) -> Reply {
     let text = error.to_string();
     match error {
         extract::Error::Read(source) if source.kind() == decompress::BOMB => Reply::Exhausted(text),
-        extract::Error::TooMany(_) => Reply::Exhausted(text),
+        extract::Error::TooMany(_) | extract::Error::TooMuch(_) => Reply::Exhausted(text),
         extract::Error::Host { source, .. } if is_full(source) => Reply::NoSpace(text),
         extract::Error::Host { .. } => Reply::Host(text),
         extract::Error::Read(_) | extract::Error::Archive(_) | extract::Error::Entry { .. } => {

@@ -17,11 +17,15 @@ mod confine;
 mod decompress;
 mod extract;
 mod helper;
+mod raw;
 
 pub use helper::main;
 
 /// The longest reply: [`Unpacked::implied`] is cut to fit.
 const MOST_REPLY: u64 = 4 << 20;
+
+/// The longest file of a layer, holes included.
+const MOST_FILE: u64 = 1 << 40;
 
 /// How a layer's bytes are compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
