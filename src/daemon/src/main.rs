@@ -172,7 +172,7 @@ async fn run(arguments: Arguments, config: Config) -> Result<()> {
 fn limits(config: &Config) {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let before = getrlimit(Resource::Nofile);
-    shim::descriptors(before.clone());
+    shim::descriptors(before);
     if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: before.maximum, ..before }) {
         warn!(error = %e, "raise the limit of descriptors");
     }

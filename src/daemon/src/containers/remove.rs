@@ -40,16 +40,19 @@ pub async fn forget(daemon: &Arc<Daemon>, container: &Arc<Container>) -> Result<
             Err(e) => return Err(Fault::shim(format!("delete container {}", container.id))(e)),
         }
     }
-    daemon.images.release(&container.id).await.map_err(Fault::image("remove writable layer"))?;
     let (bundle, root, id) = (container.bundle(), daemon.config().root.clone(), container.id.clone());
-    let volumes = blocking(move || spec::volumes::remove(&root, &id)).await;
-    volumes.map_err(Fault::io("remove volumes of", &container.id))?;
-    match blocking(move || std::fs::remove_dir_all(bundle)).await {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            return Err(Fault::io("remove", container.bundle())(e));
-        }
-        _ => {}
-    }
+    let (released, swept) = tokio::join!(
+        daemon.images.release(&container.id),
+        blocking(move || {
+            spec::volumes::remove(&root, &id).map_err(Fault::io("remove volumes of", id))?;
+            match std::fs::remove_dir_all(&bundle) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Fault::io("remove", bundle)(e)),
+                _ => Ok(()),
+            }
+        })
+    );
+    released.map_err(Fault::image("remove writable layer"))?;
+    swept?;
     daemon.store.forget(vec![Change::Drop(Kind::Container, container.id.clone())]).await;
     daemon.containers.remove(&container.id);
     events::emit(daemon, ContainerEventType::ContainerDeletedEvent, container);

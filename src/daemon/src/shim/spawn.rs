@@ -96,7 +96,7 @@ pub fn spawn(program: &Program, dir: &Path, pod: &str, listener: UnixListener) -
     let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
     if let Some(limit) = DESCRIPTORS.get() {
         // Before it is asked to start anything: containers inherit what the shim has.
-        rustix::process::prlimit(Some(pid), rustix::process::Resource::Nofile, limit.clone())?;
+        rustix::process::prlimit(Some(pid), rustix::process::Resource::Nofile, *limit)?;
     }
     let process = identify(pid.as_raw_nonzero().get().cast_unsigned())?;
     Ok(Started { process, pidfd })

@@ -447,7 +447,10 @@ mod tests {
     #[test]
     fn devices_of_both_versions_read_alike() {
         let want = Device { number: "8:0".into(), read_bytes: 1, write_bytes: 2, reads: 3, writes: 4 };
-        assert_eq!(io_stat("8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\n"), [want.clone()]);
+        assert_eq!(
+            io_stat("8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\n"),
+            std::slice::from_ref(&want)
+        );
         let bytes = "8:0 Read 1\n8:0 Write 2\n8:0 Total 3\nTotal 3\n";
         assert_eq!(blkio_v1(bytes, "8:0 Read 3\n8:0 Write 4\n"), [want]);
     }
