@@ -21,7 +21,13 @@ const FOREIGN: &[&str] =
     &["libcontainer", "libcgroups", "oci-client", "oci-distribution", "bollard", "youki", "runc"];
 
 fn metadata() -> Result<Value> {
-    let mut cargo = build::cargo_command(&["metadata", "--format-version", "1", "--offline"])?;
+    let mut cargo = build::cargo_command(&[
+        "metadata",
+        "--format-version=1",
+        "--offline",
+        // What only other platforms need is not here.
+        "--filter-platform=x86_64-unknown-linux-gnu",
+    ])?;
     Ok(serde_json::from_str(&run::stdout(&mut cargo, Duration::from_secs(60))?)?)
 }
 

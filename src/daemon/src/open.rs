@@ -8,6 +8,7 @@ use std::{
     os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
@@ -47,14 +48,24 @@ fn private(dir: &Path) -> io::Result<()> {
     fs::set_permissions(dir, Permissions::from_mode(0o700))
 }
 
+/// How long the lock of a daemon that is dead may be held by what it left.
+const LINGER: Duration = Duration::from_secs(2);
+
 fn lock(dir: &Path) -> Result<File> {
     let path = dir.join("lock");
     let file = File::options().create(true).truncate(false).write(true).mode(0o600).open(&path);
     let file = file.with_context(|| format!("open {}", path.display()))?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => bail!("another crispd works on {}", dir.display()),
-        Err(e) => Err(e).with_context(|| format!("lock {}", path.display())),
+    // A daemon that was killed may have left a child between fork and exec, which holds its files for a moment.
+    let end = Instant::now() + LINGER;
+    loop {
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file),
+            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => bail!("another crispd works on {}", dir.display()),
+            Err(e) => return Err(e).with_context(|| format!("lock {}", path.display())),
+        }
     }
 }
 
