@@ -44,6 +44,8 @@ pub(crate) enum Fault {
     Silent,
     /// So many bytes more than announced by the manifest.
     Longer(usize),
+    /// The content, and then more of anything, without a length and without an end.
+    Endless,
 }
 
 #[derive(Debug, Clone)]
@@ -306,7 +308,11 @@ async fn write(stream: &mut (impl AsyncWrite + AsyncRead + Unpin), reply: Reply)
     if reply.fault == Fault::Silent {
         return wait(stream).await;
     }
-    let mut head = format!("HTTP/1.1 {} x\r\ncontent-length: {}\r\n", reply.status, reply.body.len());
+    let length = match reply.fault {
+        Fault::Endless => "transfer-encoding: chunked".to_owned(),
+        _ => format!("content-length: {}", reply.body.len()),
+    };
+    let mut head = format!("HTTP/1.1 {} x\r\n{length}\r\n", reply.status);
     for (name, value) in &reply.headers {
         head.push_str(&format!("{name}: {value}\r\n"));
     }
@@ -331,6 +337,13 @@ async fn write(stream: &mut (impl AsyncWrite + AsyncRead + Unpin), reply: Reply)
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
+        Fault::Endless => loop {
+            for piece in [reply.body.as_slice(), &[b' '; 65536]].iter().filter(|piece| !piece.is_empty()) {
+                stream.write_all(format!("{:x}\r\n", piece.len()).as_bytes()).await.ok()?;
+                stream.write_all(piece).await.ok()?;
+                stream.write_all(b"\r\n").await.ok()?;
+            }
+        },
         Fault::Silent => {}
     }
     stream.flush().await.ok()
