@@ -13,6 +13,7 @@ use crate::digest::Digest;
 use crate::error::{Error, Result, io, sys};
 use crate::flight::Flights;
 use crate::layers::Stack;
+use crate::manifest::{self, Document};
 use crate::platform::Host;
 use crate::pull;
 use crate::reference::Reference;
@@ -194,6 +195,7 @@ impl Images {
                 })?;
                 if removed {
                     directories.discard(db.collect()?)?;
+                    directories.discard_blobs(db)?;
                     index.write().unwrap_or_else(PoisonError::into_inner).reload(db)?;
                 }
                 Ok(removed)
@@ -303,6 +305,7 @@ impl Images {
                 index.snapshots.remove(&key);
                 if !index.images.contains_key(&image) {
                     thrown.extend(directories.discard(db.collect()?)?);
+                    thrown.extend(directories.discard_blobs(db)?);
                     index.reload(db)?;
                 }
                 Ok(thrown)
@@ -360,6 +363,7 @@ impl Images {
         self.store
             .run(move |db| {
                 directories.discard(db.collect()?)?;
+                directories.discard_blobs(db)?;
                 index.write().unwrap_or_else(PoisonError::into_inner).reload(db)
             })
             .await?;
@@ -526,6 +530,26 @@ impl Directories {
         Ok(thrown)
     }
 
+    /// Moves kept blobs that no image's manifest names into the trash.
+    fn discard_blobs(&self, db: &mut Db) -> Result<Vec<std::ffi::CString>> {
+        let present = names(&self.blobs)?;
+        if present.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut wanted = HashSet::new();
+        for image in db.images()? {
+            if let Ok(Document::Manifest(manifest)) = manifest::parse(&image.id, &image.manifest, None) {
+                wanted.extend(manifest.layers.iter().map(|layer| layer.digest.file_name()));
+            }
+        }
+        let mut thrown = Vec::new();
+        for name in present.difference(&wanted) {
+            let name = std::ffi::CString::new(name.as_str()).unwrap_or_default();
+            thrown.extend(self.throw(&self.blobs, &name)?);
+        }
+        Ok(thrown)
+    }
+
     /// Removes everything in the trash. Two sweeps at once are fine: what is gone is gone.
     pub(crate) fn sweep(&self) {
         static ONE: Mutex<()> = Mutex::new(());
@@ -608,6 +632,7 @@ fn recover(db: &mut Db, directories: &Directories) -> Result<()> {
     for name in present.difference(&wanted) {
         directories.discard(vec![name.clone()])?;
     }
+    directories.discard_blobs(db)?;
     let present: HashSet<String> = names(&directories.snapshots)?;
     let rows: HashSet<String> = db.snapshots()?.into_iter().map(|(key, _)| key).collect();
     for name in present.difference(&rows) {
@@ -635,7 +660,7 @@ fn image(row: &ImageRow, stack: Vec<String>, pinned: &[String]) -> Result<Image>
         expected: row.id.clone(),
         actual: actual.to_string(),
     })?;
-    let document = crate::manifest::config(&id, &row.config, row.stack.len())?;
+    let document = manifest::config(&id, &row.config, row.stack.len())?;
     let (digests, tags) = row.names.iter().cloned().partition(|name| name.contains('@'));
     let mut image = Image {
         id: row.id.clone(),

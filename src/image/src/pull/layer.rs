@@ -11,12 +11,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use rustix::fs::{Mode, RenameFlags, mkdirat, openat, renameat_with};
+use rustix::fs::{Mode, OFlags, RenameFlags, mkdirat, openat, renameat, renameat_with};
 use tokio::io::AsyncWriteExt as _;
 
 use super::source::{Blob, Source};
 use crate::digest::{Digest, Hasher};
-use crate::error::{Error, Result, sys};
+use crate::error::{Error, Result, io, sys};
 use crate::images::{Directories, Images, blocking};
 use crate::manifest::Descriptor;
 use crate::settings::Live;
@@ -122,14 +122,26 @@ pub(super) async fn unpack(
     let closed = |_| Error::Cancelled;
     let _download = live.downloads.clone().acquire_owned().await.map_err(closed)?;
     let _unpack = live.unpacks.clone().acquire_owned().await.map_err(closed)?;
+    // A compressed layer that was kept is as good as a download, unless it was damaged since.
+    if let Some(mut kept) = kept(&images, &blob)? {
+        let staged = Staged::new(&images)?;
+        match feed(&live, &staged, &mut kept, &blob, &diff_id, None).await {
+            Ok(unpacked) => return place(&images, staged, unpacked, diff_id, None).await,
+            Err(error) => {
+                tracing::warn!(layer = %blob.digest, %error, "a kept layer is damaged, it is fetched again")
+            }
+        }
+    }
     let mut stream = source.open(&blob)?;
     let mut wrong: Option<Error> = None;
     let mut servers = 0;
-    let (staged, unpacked) = loop {
+    let (staged, unpacked, copy) = loop {
         // Declared before the child, so dropped after it: nobody writes to what is being removed.
         let staged = Staged::new(&images)?;
-        match feed(&live, &staged, &mut stream, &blob, &diff_id).await {
-            Ok(unpacked) => break (staged, unpacked),
+        let mut copy =
+            if live.config.discard_layers { None } else { Some(Copy::new(&images, &blob.digest).await?) };
+        match feed(&live, &staged, &mut stream, &blob, &diff_id, copy.as_mut()).await {
+            Ok(unpacked) => break (staged, unpacked, copy),
             Err(error @ Error::Digest { .. }) => {
                 servers += 1;
                 if servers >= MAX_WRONG || !stream.elsewhere() {
@@ -142,7 +154,40 @@ pub(super) async fn unpack(
             Err(error) => return Err(wrong.unwrap_or(error)),
         }
     };
-    place(&images, staged, unpacked, diff_id).await
+    place(&images, staged, unpacked, diff_id, copy).await
+}
+
+/// The compressed layer beside the unpacked one, where the configuration wants it kept.
+struct Copy {
+    /// Holds the file below staging, as it holds a directory for others.
+    staged: Staged,
+    file: tokio::fs::File,
+    name: CString,
+}
+
+impl Copy {
+    async fn new(images: &Images, blob: &Digest) -> Result<Copy> {
+        let staged = Staged {
+            directories: images.directories.clone(),
+            name: tree::unique(),
+            placed: AtomicBool::new(false),
+        };
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let file = openat(&staged.directories.staging, staged.name(), flags, Mode::from_raw_mode(0o600));
+        let file = std::fs::File::from(file.map_err(sys("keep a layer"))?);
+        let name = CString::new(blob.file_name()).unwrap_or_default();
+        Ok(Copy { staged, file: tokio::fs::File::from_std(file), name })
+    }
+}
+
+/// The blob as an earlier pull has kept it.
+fn kept(images: &Images, blob: &Descriptor) -> Result<Option<Blob<'static>>> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    match openat(&images.directories.blobs, blob.digest.file_name(), flags, Mode::empty()) {
+        Ok(file) => Ok(Some(Blob::Layout(tokio::fs::File::from_std(file.into())))),
+        Err(rustix::io::Errno::NOENT) => Ok(None),
+        Err(error) => Err(sys("open a kept layer")(error)),
+    }
 }
 
 /// Streams one blob through the child.
@@ -152,6 +197,7 @@ async fn feed(
     stream: &mut Blob<'_>,
     blob: &Descriptor,
     diff_id: &Digest,
+    mut copy: Option<&mut Copy>,
 ) -> Result<Unpacked> {
     let mut hasher = blob.digest.hasher();
     let mut received = 0u64;
@@ -180,6 +226,9 @@ async fn feed(
             return Err(wrong_size(blob, received));
         }
         hasher.update(&chunk);
+        if let Some(copy) = copy.as_deref_mut() {
+            copy.file.write_all(&chunk).await.map_err(io("keep a layer"))?;
+        }
         let Some(stdin) = child.stdin() else { break };
         match tokio::time::timeout(CHILD_TIMEOUT, stdin.write_all(&chunk)).await {
             Ok(Ok(())) => {}
@@ -211,6 +260,9 @@ async fn feed(
         return Err(failed(error, &blob.digest));
     }
     check(blob, received, hasher)?;
+    if let Some(copy) = copy {
+        copy.file.flush().await.map_err(io("keep a layer"))?;
+    }
     let unpacked = child.finish(CHILD_TIMEOUT).await.map_err(|error| failed(error, &blob.digest))?;
     // Not a digest error in the sense of another server: the configuration promises something else than the manifest.
     if unpacked.diff_id != diff_id.to_string() {
@@ -243,6 +295,7 @@ async fn place(
     staged: Staged,
     unpacked: Unpacked,
     diff_id: Digest,
+    copy: Option<Copy>,
 ) -> Result<LayerRow> {
     let (staged, counted) = blocking(move || {
         let directory = openat(&staged.directories.staging, staged.name(), DIRECTORY, Mode::empty());
@@ -264,6 +317,12 @@ async fn place(
     images
         .store
         .run(move |db| {
+            if let Some(Copy { staged, name, .. }) = &copy {
+                let directories = &staged.directories;
+                renameat(&directories.staging, staged.name(), &directories.blobs, name.as_c_str())
+                    .map_err(sys("keep a layer"))?;
+                staged.placed();
+            }
             if let Some(row) = db.layer(&diff_id)? {
                 return Ok(row);
             }

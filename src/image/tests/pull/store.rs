@@ -19,6 +19,7 @@ facts![
     f20_a_layer_of_another_boot_that_was_never_synced_is_not_trusted,
     s54_directories_are_private,
     usage_is_what_the_disk_says,
+    compressed_layers_are_kept_where_that_is_wanted,
     patterns_pin_images,
     s56_a_very_deep_snapshot_is_counted_and_released,
     others_may_use_the_same_database,
@@ -224,6 +225,34 @@ async fn usage_is_what_the_disk_says() {
     store.images.remove(&image.id).await.unwrap();
     let usage = store.images.usage().await.unwrap();
     assert_eq!((usage.bytes, usage.inodes), (du(&root, false), du(&root, true)));
+}
+
+async fn compressed_layers_are_kept_where_that_is_wanted() {
+    let server = Server::start().await;
+    let store = Store::with(|config| config.discard_layers = false).await;
+    let made = Recipe::small("x").serve(&server, "a", "latest");
+    let name = format!("{}/a", server.host());
+    let image = store.pull(&name).await.unwrap();
+    let kept = children(&store.root().join("blobs"));
+    assert_eq!(kept.len(), 1);
+    assert_eq!(digest(&std::fs::read(&kept[0]).unwrap()), made.blobs[0]);
+    // A lost layer is made again from it, without the registry.
+    let lost = store.images.view(&image.id).unwrap()[0].clone();
+    std::fs::remove_dir_all(&lost).unwrap();
+    server.forget();
+    store.pull(&name).await.unwrap();
+    assert!(server.asked(&made.blobs[0]).is_empty() && lost.join("file").exists());
+    // And from the registry when the kept one is damaged.
+    std::fs::remove_dir_all(&lost).unwrap();
+    std::fs::write(&kept[0], "rubbish").unwrap();
+    store.pull(&name).await.unwrap();
+    assert_eq!(server.asked(&made.blobs[0]).len(), 1);
+    assert_eq!(digest(&std::fs::read(&kept[0]).unwrap()), made.blobs[0]);
+    std::fs::write(store.root().join("blobs/stray"), "").unwrap();
+    let store = store.reopened().await;
+    assert_eq!(children(&store.root().join("blobs")), kept);
+    store.images.remove(&name).await.unwrap();
+    store.is_clean().await;
 }
 
 async fn patterns_pin_images() {
