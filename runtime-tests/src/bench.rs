@@ -318,7 +318,7 @@ impl Peer {
 
 async fn print(peers: &mut [Peer], options: &Options) -> Result<()> {
     for peer in peers.iter() {
-        let version = peer.client.runtime.clone().version(VersionRequest::default()).await?.into_inner();
+        let version = peer.client.version().await?;
         println!(
             "- {}: {} {}, {}",
             peer.name,

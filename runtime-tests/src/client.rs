@@ -48,6 +48,11 @@ impl Client {
         })
     }
 
+    /// Version.
+    pub async fn version(&self) -> Reply<VersionResponse> {
+        Ok(self.runtime.clone().version(VersionRequest::default()).await?.into_inner())
+    }
+
     /// RunPodSandbox with the default handler.
     pub async fn run_pod(&self, config: &PodSandboxConfig) -> Reply<String> {
         self.run_pod_with(config, "").await

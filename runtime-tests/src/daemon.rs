@@ -135,7 +135,7 @@ impl Daemon {
                 if let Some(status) = child.try_wait()? {
                     return Ok(Some(Err(anyhow::anyhow!("crispd ended at once: {}", run::how(status)))));
                 }
-                Ok(UnixStream::connect(&socket).is_ok().then_some(Ok(())))
+                Ok(answers(&socket).then_some(Ok(())))
             })?
         });
         up.with_context(|| self.tail())
@@ -261,6 +261,21 @@ impl Drop for Daemon {
         self.kill().ok();
         self.marks.wipe();
     }
+}
+
+/// Whether a whole call is answered. A connection alone proves nothing: a child that the daemon left between fork and
+/// exec when it was killed keeps the old socket listening for a moment.
+fn answers(socket: &Path) -> bool {
+    if UnixStream::connect(socket).is_err() {
+        return false;
+    }
+    let socket = socket.to_owned();
+    let ask = move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().ok()?;
+        let version = async { Client::connect(&socket).await.ok()?.version().await.ok() };
+        runtime.block_on(async { tokio::time::timeout(Duration::from_secs(2), version).await.ok()? })
+    };
+    std::thread::spawn(ask).join().is_ok_and(|reply| reply.is_some())
 }
 
 /// Removes all pods of a socket, for at most 20 s.

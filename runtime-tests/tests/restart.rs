@@ -136,7 +136,11 @@ async fn the_daemon_killed_in_the_middle_of_calls_leaves_nothing_half_done() -> 
         bed.restart().await?;
         let id = bed.client.run_pod(&config).await?;
         let inner = container("c", catalog::SMALL, "exec sleep 1000");
-        let made = bed.client.create(&id, &inner, &config).await?;
+        // As the kubelet does: what is there already is not asked for again.
+        let made = match bed.client.containers(None).await?.into_iter().next() {
+            Some(there) => there.id,
+            None => bed.client.create(&id, &inner, &config).await?,
+        };
         if bed.client.status(&made).await?.state == ContainerState::ContainerCreated as i32 {
             bed.client.start(&made).await?;
         }
