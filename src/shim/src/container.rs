@@ -38,6 +38,7 @@ use tokio::{
 };
 
 use crate::{
+    attach::Client,
     error::{Act, Error},
     events::{self, Event},
     exec::Exec,
@@ -77,6 +78,12 @@ pub(crate) struct Streams {
     pub(crate) stderr: String,
 }
 
+impl Streams {
+    fn is_nowhere(&self) -> bool {
+        self.stdin.is_empty() && self.stdout.is_empty() && self.stderr.is_empty()
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum State {
     Creating,
@@ -104,6 +111,9 @@ pub(crate) struct Container {
     pub(crate) id: String,
     pub(crate) bundle: PathBuf,
     pub(crate) streams: Streams,
+    /// Input of attached clients goes to the process; the first that ends closes it with `stdin_once`.
+    stdin: bool,
+    stdin_once: bool,
     life: Mutex<Life>,
     ended: watch::Sender<Option<Ended>>,
     /// Held while the container is started, so that its end is settled after its beginning.
@@ -122,6 +132,8 @@ struct Life {
     copies: Option<Copies>,
     /// The other end of a stdin that stays open.
     stdin: Option<OwnedFd>,
+    /// The first attached input has ended and was the only one.
+    stdin_used: bool,
     keepers: Vec<OwnedFd>,
     execs: Names<Exec>,
 }
@@ -171,6 +183,8 @@ impl Container {
             id: wanted.id.clone(),
             bundle: wanted.bundle.clone(),
             streams: wanted.streams.clone(),
+            stdin: wanted.options.stdin,
+            stdin_once: wanted.options.stdin_once,
             life: Mutex::default(),
             ended: watch::Sender::new(None),
             starting: tokio::sync::Mutex::new(()),
@@ -294,6 +308,8 @@ impl Container {
                 path: PathBuf::from(&options.log_path),
             };
             ours.log = Some(Log::open(place, options.max_log_record)?);
+        } else if !pod.foreign && self.streams.is_nowhere() {
+            ours.log = Some(Log::nowhere()?);
         }
         let process = spec.process.as_ref();
         if process.is_some_and(|process| process.terminal) {
@@ -483,6 +499,44 @@ impl Container {
             Some(log) => Ok(log.reopen()?),
             None => Err(Error::Invalid(format!("container {} has no log", self.id))),
         }
+    }
+
+    /// Connects a client's FIFOs; see the log for where output goes.
+    pub(crate) fn attach(self: &Arc<Container>, paths: &Streams) -> Result<(), Error> {
+        let output = |path: &str| -> Result<Option<OwnedFd>, Error> {
+            Ok(stream::open(path, Way::Out, OFlags::NONBLOCK)?.map(|opened| opened.fd))
+        };
+        let client = Client { stdout: output(&paths.stdout)?, stderr: output(&paths.stderr)? };
+        let input = stream::open(&paths.stdin, Way::In, OFlags::NONBLOCK)?;
+        let life = self.life();
+        let state = life.state();
+        let Some(process) = life
+            .process
+            .as_ref()
+            .filter(|_| matches!(state, State::Created | State::Starting | State::Running | State::Paused))
+        else {
+            return self.refuse(state);
+        };
+        let Some(log) = &life.log else {
+            return Err(Error::Invalid(format!("container {} was made with streams of its own", self.id)));
+        };
+        if (client.stdout.is_some() || client.stderr.is_some()) && !log.attach(client) {
+            return Err(Error::Invalid(format!("container {} has too many clients", self.id)));
+        }
+        let to = process.pty.as_ref().or(life.stdin.as_ref());
+        if let (Some(from), Some(to), true) = (input, to, self.stdin && !life.stdin_used) {
+            let to = rustix::io::fcntl_dupfd_cloexec(to, 3).act("share the container's stdin")?;
+            let copy = stream::input(from.fd, to).act("copy to the container's stdin")?;
+            let container = self.clone();
+            tokio::spawn(async move {
+                copy.await;
+                if container.stdin_once {
+                    let mut life = container.life();
+                    (life.stdin, life.stdin_used) = (None, true);
+                }
+            });
+        }
+        Ok(())
     }
 
     fn with_process<T>(&self, act: impl FnOnce(&Created) -> Result<T, Error>) -> Result<T, Error> {

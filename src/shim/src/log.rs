@@ -27,7 +27,10 @@ use rustix::{
 };
 use tokio::{io::unix::AsyncFd, sync::watch, task::JoinHandle, time};
 
-use crate::{kernel, lock, record};
+use crate::{
+    attach::{Client, Clients},
+    kernel, lock, record,
+};
 
 /// Longest content of a record when nobody says otherwise.
 const RECORD: usize = 16 * 1024;
@@ -89,9 +92,11 @@ enum Phase {
 
 /// A container's log: the file, and the streams that are written to it.
 pub(crate) struct Log {
-    place: Place,
+    /// None: nothing is kept, clients that attach get the output all the same.
+    place: Option<Place>,
     record: usize,
     sink: Arc<Mutex<Sink>>,
+    clients: Arc<Mutex<Clients>>,
     streams: Vec<JoinHandle<()>>,
     phase: watch::Sender<Phase>,
 }
@@ -99,13 +104,31 @@ pub(crate) struct Log {
 impl Log {
     /// Opens the file. `record` is the longest content of a record, 0 for the usual one.
     pub(crate) fn open(place: Place, record: u32) -> Result<Log, Error> {
-        let file = open(&place)?;
+        Ok(Log::new(open(&place)?, Some(place), record))
+    }
+
+    /// For a container whose output nobody keeps.
+    pub(crate) fn nowhere() -> Result<Log, Error> {
+        let path = PathBuf::from("/dev/null");
+        let file = rustix::fs::open(&path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
+        let file = file.map_err(|cause| Error::Open { path, cause })?;
+        Ok(Log::new(File::from(file), None, 0))
+    }
+
+    fn new(file: File, place: Option<Place>, record: u32) -> Log {
         let record = match usize::try_from(record).unwrap_or(RECORD_MAX) {
             0 => RECORD,
             wanted => wanted.min(RECORD_MAX),
         };
         let sink = Arc::new(Mutex::new(Sink::new(file)));
-        Ok(Log { place, record, sink, streams: Vec::new(), phase: watch::Sender::new(Phase::Running) })
+        Log {
+            place,
+            record,
+            sink,
+            clients: Arc::default(),
+            streams: Vec::new(),
+            phase: watch::Sender::new(Phase::Running),
+        }
     }
 
     /// A pipe whose output is logged; returns the end for the container.
@@ -124,7 +147,7 @@ impl Log {
     pub(crate) fn follow(&mut self, stream: Stream, from: OwnedFd) -> io::Result<()> {
         let from = kernel::watch(from)?;
         let lines = Lines::new(stream, self.record);
-        let pump = pump(from, lines, self.sink.clone(), self.phase.subscribe());
+        let pump = pump(from, lines, self.sink.clone(), self.clients.clone(), self.phase.subscribe());
         self.streams.push(tokio::spawn(pump));
         Ok(())
     }
@@ -132,20 +155,33 @@ impl Log {
     /// Closes the file and opens it by name again. Between two writes, so no record is torn and none is lost.
     /// When the new one cannot be opened the old one stays.
     pub(crate) fn reopen(&self) -> Result<(), Error> {
-        let file = open(&self.place)?;
-        lock(&self.sink).file = file;
+        if let Some(place) = &self.place {
+            let file = open(place)?;
+            lock(&self.sink).file = file;
+        }
         Ok(())
+    }
+
+    /// From now on a client gets a copy of the output, until the container ends. False when there are too many.
+    #[must_use]
+    pub(crate) fn attach(&self, client: Client) -> bool {
+        lock(&self.clients).add(client)
     }
 
     /// Takes the streams out, to be drained without holding a lock on the log.
     pub(crate) fn streams(&mut self) -> Streams {
-        Streams { tasks: std::mem::take(&mut self.streams), phase: self.phase.clone() }
+        Streams {
+            tasks: std::mem::take(&mut self.streams),
+            clients: self.clients.clone(),
+            phase: self.phase.clone(),
+        }
     }
 }
 
 /// The streams of a container that has exited.
 pub(crate) struct Streams {
     tasks: Vec<JoinHandle<()>>,
+    clients: Arc<Mutex<Clients>>,
     phase: watch::Sender<Phase>,
 }
 
@@ -164,6 +200,8 @@ impl Streams {
                 }
             }
         }
+        // They see the end of output.
+        *lock(&self.clients) = Clients::default();
     }
 }
 
@@ -200,6 +238,7 @@ async fn pump(
     from: AsyncFd<OwnedFd>,
     mut lines: Lines,
     sink: Arc<Mutex<Sink>>,
+    clients: Arc<Mutex<Clients>>,
     mut phase: watch::Receiver<Phase>,
 ) {
     loop {
@@ -218,7 +257,7 @@ async fn pump(
                 Err(_) => break,
             },
         };
-        match turn(&from, &mut lines, &sink, TURN) {
+        match turn(&from, &mut lines, &sink, &clients, TURN) {
             Turn::Dry => ready.clear_ready(),
             Turn::More => tokio::task::yield_now().await,
             Turn::HungUp if *phase.borrow() == Phase::Running => {
@@ -229,7 +268,7 @@ async fn pump(
         }
     }
     // What is in the pipe now; whoever keeps printing into it is not followed any further.
-    turn(&from, &mut lines, &sink, LAST_READS);
+    turn(&from, &mut lines, &sink, &clients, LAST_READS);
     with_buffers(|buffers| buffers.end(&mut lines, &mut lock(&sink)));
 }
 
@@ -244,13 +283,22 @@ enum Turn {
     Over,
 }
 
-fn turn(from: &AsyncFd<OwnedFd>, lines: &mut Lines, sink: &Mutex<Sink>, reads: usize) -> Turn {
+fn turn(
+    from: &AsyncFd<OwnedFd>,
+    lines: &mut Lines,
+    sink: &Mutex<Sink>,
+    clients: &Mutex<Clients>,
+    reads: usize,
+) -> Turn {
     with_buffers(|buffers| {
         let mut sink = lock(sink);
         for _ in 0..reads {
             match rustix::io::read(from.get_ref(), &mut buffers.bytes[..INPUT]) {
                 Ok(0) => return Turn::Over,
-                Ok(count) => buffers.write(count, lines, &mut sink),
+                Ok(count) => {
+                    lock(clients).write(lines.stream, buffers.bytes.get(..count).unwrap_or_default());
+                    buffers.write(count, lines, &mut sink);
+                }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Turn::Dry,
                 Err(Errno::IO) => return Turn::HungUp,

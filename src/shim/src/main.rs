@@ -9,6 +9,7 @@ mod service;
 
 mod pod;
 
+mod attach;
 mod container;
 mod exec;
 mod log;

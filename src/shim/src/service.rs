@@ -33,8 +33,8 @@ use shim_api::{
         well_known_types::{any::Any, timestamp::Timestamp},
     },
     shim::{
-        ContainerOptions, NamespacesRequest, NamespacesResponse, PodOptions, ReopenLogRequest,
-        ReopenLogResponse, RunExecRequest, RunExecResponse, RunRequest, RunResponse,
+        AttachRequest, AttachResponse, ContainerOptions, NamespacesRequest, NamespacesResponse, PodOptions,
+        ReopenLogRequest, ReopenLogResponse, RunExecRequest, RunExecResponse, RunRequest, RunResponse,
     },
     shim_ttrpc,
     ttrpc::{self, Code, r#async::TtrpcContext, get_status},
@@ -513,6 +513,13 @@ impl shim_ttrpc::Pod for Service {
         })
         .await?;
         Ok(RunResponse { pid, started_at, ..Default::default() })
+    }
+
+    async fn attach(&self, _: &TtrpcContext, req: AttachRequest) -> ttrpc::Result<AttachResponse> {
+        let container = self.container(&req.container_id)?;
+        let streams = Streams { terminal: false, stdin: req.stdin, stdout: req.stdout, stderr: req.stderr };
+        container.attach(&streams)?;
+        Ok(AttachResponse::default())
     }
 
     async fn run_exec(&self, ctx: &TtrpcContext, req: RunExecRequest) -> ttrpc::Result<RunExecResponse> {

@@ -140,6 +140,11 @@ pub(crate) fn nonblocking(fd: impl AsFd) -> io::Result<()> {
     Ok(rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?)
 }
 
+/// Copies what comes from a FIFO into a container's stdin, until either ends. Both are non-blocking.
+pub(crate) fn input(from: OwnedFd, to: OwnedFd) -> io::Result<impl Future<Output = ()> + Send> {
+    Ok(copy(watch(from)?, watch(to)?, Way::In))
+}
+
 async fn copy(from: AsyncFd<OwnedFd>, to: AsyncFd<OwnedFd>, way: Way) {
     let mut buffer = vec![0; CHUNK];
     let mut deaf = false;

@@ -1234,6 +1234,285 @@ impl ::protobuf::reflect::ProtobufValue for RunResponse {
     type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
 }
 
+// @@protoc_insertion_point(message:crisp.shim.v1.AttachRequest)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct AttachRequest {
+    // message fields
+    // @@protoc_insertion_point(field:crisp.shim.v1.AttachRequest.container_id)
+    pub container_id: ::std::string::String,
+    // @@protoc_insertion_point(field:crisp.shim.v1.AttachRequest.stdin)
+    pub stdin: ::std::string::String,
+    // @@protoc_insertion_point(field:crisp.shim.v1.AttachRequest.stdout)
+    pub stdout: ::std::string::String,
+    // @@protoc_insertion_point(field:crisp.shim.v1.AttachRequest.stderr)
+    pub stderr: ::std::string::String,
+    // special fields
+    // @@protoc_insertion_point(special_field:crisp.shim.v1.AttachRequest.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a AttachRequest {
+    fn default() -> &'a AttachRequest {
+        <AttachRequest as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl AttachRequest {
+    pub fn new() -> AttachRequest {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(4);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "container_id",
+            |m: &AttachRequest| { &m.container_id },
+            |m: &mut AttachRequest| { &mut m.container_id },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "stdin",
+            |m: &AttachRequest| { &m.stdin },
+            |m: &mut AttachRequest| { &mut m.stdin },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "stdout",
+            |m: &AttachRequest| { &m.stdout },
+            |m: &mut AttachRequest| { &mut m.stdout },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "stderr",
+            |m: &AttachRequest| { &m.stderr },
+            |m: &mut AttachRequest| { &mut m.stderr },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<AttachRequest>(
+            "AttachRequest",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for AttachRequest {
+    const NAME: &'static str = "AttachRequest";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.container_id = is.read_string()?;
+                },
+                18 => {
+                    self.stdin = is.read_string()?;
+                },
+                26 => {
+                    self.stdout = is.read_string()?;
+                },
+                34 => {
+                    self.stderr = is.read_string()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if !self.container_id.is_empty() {
+            my_size += ::protobuf::rt::string_size(1, &self.container_id);
+        }
+        if !self.stdin.is_empty() {
+            my_size += ::protobuf::rt::string_size(2, &self.stdin);
+        }
+        if !self.stdout.is_empty() {
+            my_size += ::protobuf::rt::string_size(3, &self.stdout);
+        }
+        if !self.stderr.is_empty() {
+            my_size += ::protobuf::rt::string_size(4, &self.stderr);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if !self.container_id.is_empty() {
+            os.write_string(1, &self.container_id)?;
+        }
+        if !self.stdin.is_empty() {
+            os.write_string(2, &self.stdin)?;
+        }
+        if !self.stdout.is_empty() {
+            os.write_string(3, &self.stdout)?;
+        }
+        if !self.stderr.is_empty() {
+            os.write_string(4, &self.stderr)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> AttachRequest {
+        AttachRequest::new()
+    }
+
+    fn clear(&mut self) {
+        self.container_id.clear();
+        self.stdin.clear();
+        self.stdout.clear();
+        self.stderr.clear();
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static AttachRequest {
+        static instance: AttachRequest = AttachRequest {
+            container_id: ::std::string::String::new(),
+            stdin: ::std::string::String::new(),
+            stdout: ::std::string::String::new(),
+            stderr: ::std::string::String::new(),
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for AttachRequest {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("AttachRequest").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for AttachRequest {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for AttachRequest {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:crisp.shim.v1.AttachResponse)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct AttachResponse {
+    // special fields
+    // @@protoc_insertion_point(special_field:crisp.shim.v1.AttachResponse.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a AttachResponse {
+    fn default() -> &'a AttachResponse {
+        <AttachResponse as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl AttachResponse {
+    pub fn new() -> AttachResponse {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(0);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<AttachResponse>(
+            "AttachResponse",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for AttachResponse {
+    const NAME: &'static str = "AttachResponse";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> AttachResponse {
+        AttachResponse::new()
+    }
+
+    fn clear(&mut self) {
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static AttachResponse {
+        static instance: AttachResponse = AttachResponse {
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for AttachResponse {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("AttachResponse").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for AttachResponse {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for AttachResponse {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
 // @@protoc_insertion_point(message:crisp.shim.v1.RootfsMount)
 #[derive(PartialEq,Clone,Default,Debug)]
 pub struct RootfsMount {
@@ -2237,41 +2516,46 @@ static file_descriptor_proto_data: &'static [u8] = b"\
     \x03\x20\x03(\x0b2\x1a.crisp.shim.v1.RootfsMountR\x06rootfs\x129\n\x07op\
     tions\x18\x04\x20\x01(\x0b2\x1f.crisp.shim.v1.ContainerOptionsR\x07optio\
     ns\">\n\x0bRunResponse\x12\x10\n\x03pid\x18\x01\x20\x01(\rR\x03pid\x12\
-    \x1d\n\nstarted_at\x18\x02\x20\x01(\x03R\tstartedAt\"S\n\x0bRootfsMount\
-    \x12\x12\n\x04type\x18\x01\x20\x01(\tR\x04type\x12\x16\n\x06source\x18\
-    \x02\x20\x01(\tR\x06source\x12\x18\n\x07options\x18\x03\x20\x03(\tR\x07o\
-    ptions\"\x90\x04\n\nPodOptions\x12\x1a\n\x08hostname\x18\x01\x20\x01(\tR\
-    \x08hostname\x12\x17\n\x07new_ipc\x18\x02\x20\x01(\x08R\x06newIpc\x12\
-    \x17\n\x07new_uts\x18\x03\x20\x01(\x08R\x06newUts\x12\x17\n\x07new_pid\
-    \x18\x04\x20\x01(\x08R\x06newPid\x12\x17\n\x07new_net\x18\x05\x20\x01(\
-    \x08R\x06newNet\x12;\n\x0cuid_mappings\x18\x06\x20\x03(\x0b2\x18.crisp.s\
-    him.v1.IdMappingR\x0buidMappings\x12;\n\x0cgid_mappings\x18\x07\x20\x03(\
-    \x0b2\x18.crisp.shim.v1.IdMappingR\x0bgidMappings\x12@\n\x07sysctls\x18\
-    \x08\x20\x03(\x0b2&.crisp.shim.v1.PodOptions.SysctlsEntryR\x07sysctls\
-    \x12\x19\n\x08shm_size\x18\t\x20\x01(\x03R\x07shmSize\x12*\n\x11own_cgro\
-    up_parent\x18\n\x20\x01(\tR\x0fownCgroupParent\x12\x1f\n\x0bshim_cgroup\
-    \x18\x0b\x20\x01(\tR\nshimCgroup\x12\"\n\room_score_adj\x18\x0c\x20\x01(\
-    \x05R\x0boomScoreAdj\x1a:\n\x0cSysctlsEntry\x12\x10\n\x03key\x18\x01\x20\
-    \x01(\tR\x03key\x12\x14\n\x05value\x18\x02\x20\x01(\tR\x05value:\x028\
-    \x01\"[\n\tIdMapping\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\rR\x0bconta\
-    inerId\x12\x17\n\x07host_id\x18\x02\x20\x01(\rR\x06hostId\x12\x12\n\x04s\
-    ize\x18\x03\x20\x01(\rR\x04size\"\x8b\x03\n\x10ContainerOptions\x12#\n\r\
-    log_directory\x18\x01\x20\x01(\tR\x0clogDirectory\x12\x19\n\x08log_path\
-    \x18\x02\x20\x01(\tR\x07logPath\x12$\n\x0emax_log_record\x18\x03\x20\x01\
-    (\rR\x0cmaxLogRecord\x12\x19\n\x08join_ipc\x18\x04\x20\x01(\x08R\x07join\
-    Ipc\x12\x19\n\x08join_uts\x18\x05\x20\x01(\x08R\x07joinUts\x12\x19\n\x08\
-    join_net\x18\x06\x20\x01(\x08R\x07joinNet\x12\x1b\n\tjoin_user\x18\x07\
-    \x20\x01(\x08R\x08joinUser\x12\x19\n\x08join_pid\x18\x08\x20\x01(\x08R\
-    \x07joinPid\x12\x1e\n\x0bjoin_pid_of\x18\t\x20\x01(\tR\tjoinPidOf\x12\
-    \x17\n\x07pod_shm\x18\n\x20\x01(\x08R\x06podShm\x12\x14\n\x05stdin\x18\
-    \x0b\x20\x01(\x08R\x05stdin\x12\x1d\n\nstdin_once\x18\x0c\x20\x01(\x08R\
-    \tstdinOnce\x12\x1a\n\x08terminal\x18\r\x20\x01(\x08R\x08terminal2\xb0\
-    \x02\n\x03Pod\x12Q\n\nNamespaces\x12\x20.crisp.shim.v1.NamespacesRequest\
-    \x1a!.crisp.shim.v1.NamespacesResponse\x12N\n\tReopenLog\x12\x1f.crisp.s\
-    him.v1.ReopenLogRequest\x1a\x20.crisp.shim.v1.ReopenLogResponse\x12H\n\
-    \x07RunExec\x12\x1d.crisp.shim.v1.RunExecRequest\x1a\x1e.crisp.shim.v1.R\
-    unExecResponse\x12<\n\x03Run\x12\x19.crisp.shim.v1.RunRequest\x1a\x1a.cr\
-    isp.shim.v1.RunResponseb\x06proto3\
+    \x1d\n\nstarted_at\x18\x02\x20\x01(\x03R\tstartedAt\"x\n\rAttachRequest\
+    \x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\x12\x14\n\x05\
+    stdin\x18\x02\x20\x01(\tR\x05stdin\x12\x16\n\x06stdout\x18\x03\x20\x01(\
+    \tR\x06stdout\x12\x16\n\x06stderr\x18\x04\x20\x01(\tR\x06stderr\"\x10\n\
+    \x0eAttachResponse\"S\n\x0bRootfsMount\x12\x12\n\x04type\x18\x01\x20\x01\
+    (\tR\x04type\x12\x16\n\x06source\x18\x02\x20\x01(\tR\x06source\x12\x18\n\
+    \x07options\x18\x03\x20\x03(\tR\x07options\"\x90\x04\n\nPodOptions\x12\
+    \x1a\n\x08hostname\x18\x01\x20\x01(\tR\x08hostname\x12\x17\n\x07new_ipc\
+    \x18\x02\x20\x01(\x08R\x06newIpc\x12\x17\n\x07new_uts\x18\x03\x20\x01(\
+    \x08R\x06newUts\x12\x17\n\x07new_pid\x18\x04\x20\x01(\x08R\x06newPid\x12\
+    \x17\n\x07new_net\x18\x05\x20\x01(\x08R\x06newNet\x12;\n\x0cuid_mappings\
+    \x18\x06\x20\x03(\x0b2\x18.crisp.shim.v1.IdMappingR\x0buidMappings\x12;\
+    \n\x0cgid_mappings\x18\x07\x20\x03(\x0b2\x18.crisp.shim.v1.IdMappingR\
+    \x0bgidMappings\x12@\n\x07sysctls\x18\x08\x20\x03(\x0b2&.crisp.shim.v1.P\
+    odOptions.SysctlsEntryR\x07sysctls\x12\x19\n\x08shm_size\x18\t\x20\x01(\
+    \x03R\x07shmSize\x12*\n\x11own_cgroup_parent\x18\n\x20\x01(\tR\x0fownCgr\
+    oupParent\x12\x1f\n\x0bshim_cgroup\x18\x0b\x20\x01(\tR\nshimCgroup\x12\"\
+    \n\room_score_adj\x18\x0c\x20\x01(\x05R\x0boomScoreAdj\x1a:\n\x0cSysctls\
+    Entry\x12\x10\n\x03key\x18\x01\x20\x01(\tR\x03key\x12\x14\n\x05value\x18\
+    \x02\x20\x01(\tR\x05value:\x028\x01\"[\n\tIdMapping\x12!\n\x0ccontainer_\
+    id\x18\x01\x20\x01(\rR\x0bcontainerId\x12\x17\n\x07host_id\x18\x02\x20\
+    \x01(\rR\x06hostId\x12\x12\n\x04size\x18\x03\x20\x01(\rR\x04size\"\x8b\
+    \x03\n\x10ContainerOptions\x12#\n\rlog_directory\x18\x01\x20\x01(\tR\x0c\
+    logDirectory\x12\x19\n\x08log_path\x18\x02\x20\x01(\tR\x07logPath\x12$\n\
+    \x0emax_log_record\x18\x03\x20\x01(\rR\x0cmaxLogRecord\x12\x19\n\x08join\
+    _ipc\x18\x04\x20\x01(\x08R\x07joinIpc\x12\x19\n\x08join_uts\x18\x05\x20\
+    \x01(\x08R\x07joinUts\x12\x19\n\x08join_net\x18\x06\x20\x01(\x08R\x07joi\
+    nNet\x12\x1b\n\tjoin_user\x18\x07\x20\x01(\x08R\x08joinUser\x12\x19\n\
+    \x08join_pid\x18\x08\x20\x01(\x08R\x07joinPid\x12\x1e\n\x0bjoin_pid_of\
+    \x18\t\x20\x01(\tR\tjoinPidOf\x12\x17\n\x07pod_shm\x18\n\x20\x01(\x08R\
+    \x06podShm\x12\x14\n\x05stdin\x18\x0b\x20\x01(\x08R\x05stdin\x12\x1d\n\n\
+    stdin_once\x18\x0c\x20\x01(\x08R\tstdinOnce\x12\x1a\n\x08terminal\x18\r\
+    \x20\x01(\x08R\x08terminal2\xf7\x02\n\x03Pod\x12Q\n\nNamespaces\x12\x20.\
+    crisp.shim.v1.NamespacesRequest\x1a!.crisp.shim.v1.NamespacesResponse\
+    \x12N\n\tReopenLog\x12\x1f.crisp.shim.v1.ReopenLogRequest\x1a\x20.crisp.\
+    shim.v1.ReopenLogResponse\x12H\n\x07RunExec\x12\x1d.crisp.shim.v1.RunExe\
+    cRequest\x1a\x1e.crisp.shim.v1.RunExecResponse\x12<\n\x03Run\x12\x19.cri\
+    sp.shim.v1.RunRequest\x1a\x1a.crisp.shim.v1.RunResponse\x12E\n\x06Attach\
+    \x12\x1c.crisp.shim.v1.AttachRequest\x1a\x1d.crisp.shim.v1.AttachRespons\
+    eb\x06proto3\
 ";
 
 /// `FileDescriptorProto` object which was a source for this generated file
@@ -2289,7 +2573,7 @@ pub fn file_descriptor() -> &'static ::protobuf::reflect::FileDescriptor {
     file_descriptor.get(|| {
         let generated_file_descriptor = generated_file_descriptor_lazy.get(|| {
             let mut deps = ::std::vec::Vec::with_capacity(0);
-            let mut messages = ::std::vec::Vec::with_capacity(12);
+            let mut messages = ::std::vec::Vec::with_capacity(14);
             messages.push(NamespacesRequest::generated_message_descriptor_data());
             messages.push(NamespacesResponse::generated_message_descriptor_data());
             messages.push(ReopenLogRequest::generated_message_descriptor_data());
@@ -2298,6 +2582,8 @@ pub fn file_descriptor() -> &'static ::protobuf::reflect::FileDescriptor {
             messages.push(RunExecResponse::generated_message_descriptor_data());
             messages.push(RunRequest::generated_message_descriptor_data());
             messages.push(RunResponse::generated_message_descriptor_data());
+            messages.push(AttachRequest::generated_message_descriptor_data());
+            messages.push(AttachResponse::generated_message_descriptor_data());
             messages.push(RootfsMount::generated_message_descriptor_data());
             messages.push(PodOptions::generated_message_descriptor_data());
             messages.push(IdMapping::generated_message_descriptor_data());

@@ -50,6 +50,11 @@ impl PodClient {
         let mut cres = super::shim::RunResponse::new();
         ::ttrpc::async_client_request!(self, ctx, req, "crisp.shim.v1.Pod", "Run", cres);
     }
+
+    pub async fn attach(&self, ctx: ttrpc::context::Context, req: &super::shim::AttachRequest) -> ::ttrpc::Result<super::shim::AttachResponse> {
+        let mut cres = super::shim::AttachResponse::new();
+        ::ttrpc::async_client_request!(self, ctx, req, "crisp.shim.v1.Pod", "Attach", cres);
+    }
 }
 
 struct NamespacesMethod {
@@ -96,6 +101,17 @@ impl ::ttrpc::r#async::MethodHandler for RunMethod {
     }
 }
 
+struct AttachMethod {
+    service: Arc<dyn Pod + Send + Sync>,
+}
+
+#[async_trait]
+impl ::ttrpc::r#async::MethodHandler for AttachMethod {
+    async fn handler(&self, ctx: ::ttrpc::r#async::TtrpcContext, req: ::ttrpc::Request) -> ::ttrpc::Result<::ttrpc::Response> {
+        ::ttrpc::async_request_handler!(self, ctx, req, shim, AttachRequest, attach);
+    }
+}
+
 #[async_trait]
 pub trait Pod: Sync {
     async fn namespaces(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::shim::NamespacesRequest) -> ::ttrpc::Result<super::shim::NamespacesResponse> {
@@ -109,6 +125,9 @@ pub trait Pod: Sync {
     }
     async fn run(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::shim::RunRequest) -> ::ttrpc::Result<super::shim::RunResponse> {
         Err(::ttrpc::Error::RpcStatus(::ttrpc::get_status(::ttrpc::Code::NOT_FOUND, "/crisp.shim.v1.Pod/Run is not supported".to_string())))
+    }
+    async fn attach(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::shim::AttachRequest) -> ::ttrpc::Result<super::shim::AttachResponse> {
+        Err(::ttrpc::Error::RpcStatus(::ttrpc::get_status(::ttrpc::Code::NOT_FOUND, "/crisp.shim.v1.Pod/Attach is not supported".to_string())))
     }
 }
 
@@ -128,6 +147,9 @@ pub fn create_pod(service: Arc<dyn Pod + Send + Sync>) -> HashMap<String, ::ttrp
 
     methods.insert("Run".to_string(),
                     Box::new(RunMethod{service: service.clone()}) as Box<dyn ::ttrpc::r#async::MethodHandler + Send + Sync>);
+
+    methods.insert("Attach".to_string(),
+                    Box::new(AttachMethod{service: service.clone()}) as Box<dyn ::ttrpc::r#async::MethodHandler + Send + Sync>);
 
     ret.insert("crisp.shim.v1.Pod".to_string(), ::ttrpc::r#async::Service{ methods, streams });
     ret
