@@ -6,6 +6,7 @@
 use std::{
     collections::BTreeMap,
     fmt,
+    net::{IpAddr, Ipv4Addr},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::Duration,
@@ -37,6 +38,7 @@ pub struct Config {
     pub images: Images,
     pub logs: Logs,
     pub exec: Exec,
+    pub stream: Stream,
     pub stats: Stats,
     pub debug: Debug,
 }
@@ -236,6 +238,18 @@ pub struct Exec {
     pub drain_exec_sync_io_timeout: Span,
 }
 
+/// Exec, attach and port-forward.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Stream {
+    /// Where the kubelet finds the streaming server.
+    pub stream_server_address: IpAddr,
+    /// 0 means any free one.
+    pub stream_server_port: u16,
+    /// A connection on which nothing moves for so long is closed.
+    pub stream_idle_timeout: Span,
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Stats {
@@ -280,6 +294,7 @@ impl Default for Config {
             images: Images::default(),
             logs: Logs::default(),
             exec: Exec::default(),
+            stream: Stream::default(),
             stats: Stats::default(),
             debug: Debug::default(),
         }
@@ -383,6 +398,16 @@ impl Default for Logs {
 impl Default for Exec {
     fn default() -> Exec {
         Exec { drain_exec_sync_io_timeout: Span::secs(1) }
+    }
+}
+
+impl Default for Stream {
+    fn default() -> Stream {
+        Stream {
+            stream_server_address: IpAddr::V4(Ipv4Addr::LOCALHOST),
+            stream_server_port: 0,
+            stream_idle_timeout: Span::secs(4 * 3600),
+        }
     }
 }
 
@@ -507,6 +532,7 @@ impl Config {
                 bridge: self.network.bridge.clone(),
             },
             images: Images { proxy: self.images.proxy.clone(), ..new.images },
+            stream: self.stream.clone(),
             debug: self.debug.clone(),
             ..new
         }

@@ -47,6 +47,10 @@ pub enum Fault {
     Spec(#[from] crate::containers::spec::Error),
     #[error("store: {0}")]
     Store(#[from] crate::store::Error),
+    #[error(transparent)]
+    Full(streaming::Full),
+    #[error("the client of container {0} reads slower than it prints")]
+    Slow(String),
     #[error("{0} ended without an answer")]
     Panicked(&'static str),
 }

@@ -21,6 +21,7 @@ mod shim;
 mod stats;
 mod status;
 mod store;
+mod streams;
 mod table;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
@@ -157,13 +158,15 @@ async fn run(arguments: Arguments, config: Config) -> Result<()> {
     let daemon = Arc::new(Daemon::new(config, parts));
     recover::run(&daemon, rows).await;
 
+    let (streams, streaming) = streams::open(daemon.clone()).await?;
+    tokio::spawn(streaming);
     let listener = serve::bind(&address, &daemon.config().grpc)?;
     tokio::spawn(import(daemon.clone()));
     tokio::spawn(reload(daemon.clone(), arguments));
     tokio::spawn(watchdog());
     notify(&[sd_notify::NotifyState::Ready]);
     info!(version = env!("CARGO_PKG_VERSION"), address = %address.display(), "serving");
-    serve::run(daemon, listener, asked_to_end()?).await?;
+    serve::run(daemon, Arc::new(streams), listener, asked_to_end()?).await?;
     info!("ended, pods run on");
     Ok(())
 }

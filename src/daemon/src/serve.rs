@@ -17,7 +17,7 @@ use tokio_stream::{Stream, StreamExt, wrappers::UnixListenerStream};
 use tonic::transport::Server;
 use tracing::warn;
 
-use crate::{config::Grpc, cri, daemon::Daemon};
+use crate::{config::Grpc, cri, daemon::Daemon, streams::Streaming};
 
 /// How long calls in flight may take to end once the daemon is asked to.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -42,9 +42,14 @@ pub fn bind(path: &Path, keys: &Grpc) -> Result<UnixListener> {
 }
 
 /// Serves until `end`, then lets the calls in flight end, for a bounded time.
-pub async fn run(daemon: Arc<Daemon>, listener: UnixListener, end: impl Future<Output = ()>) -> Result<()> {
+pub async fn run(
+    daemon: Arc<Daemon>,
+    streams: Arc<Streaming>,
+    listener: UnixListener,
+    end: impl Future<Output = ()>,
+) -> Result<()> {
     let keys = daemon.config().grpc.clone();
-    let runtime = RuntimeServiceServer::new(cri::runtime::Runtime(daemon.clone()))
+    let runtime = RuntimeServiceServer::new(cri::runtime::Runtime { daemon: daemon.clone(), streams })
         .max_decoding_message_size(keys.max_recv_message_size)
         .max_encoding_message_size(keys.max_send_message_size);
     let images = ImageServiceServer::new(cri::image::Images(daemon.clone()))

@@ -1,7 +1,8 @@
-//! Runs a command in a container from start to end and collects its output. The command writes into FIFOs whose read
-//! ends are here, so that its output passes through nobody else.
+//! Runs a command in a container from start to end, and collects its output or streams it to a client. The command
+//! writes into FIFOs whose read ends are here, so that its output passes through nobody else.
 
 use std::{
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -11,15 +12,19 @@ use std::{
 };
 
 use cri_api::v1;
+use rustix::fs::OFlags;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
-use serde_json::Value;
+use serde_json::{Value, json};
+use streaming::Streams;
 use tokio::{io::AsyncReadExt, net::unix::pipe, time::timeout};
+use tokio_util::sync::CancellationToken;
 
 use super::{Container, Phase};
 use crate::{
     daemon::{Daemon, IO, mint},
     error::{Fault, Result},
-    shim::Shim,
+    shim::{Paths, Shim},
+    streams,
 };
 
 /// What an answer holds at most, in both streams together: clients take 16 MiB for a whole message.
@@ -40,7 +45,7 @@ pub async fn sync(daemon: &Arc<Daemon>, request: v1::ExecSyncRequest) -> Result<
     let container = daemon.container(&request.container_id)?;
     container.check_phase(Phase::Running)?;
     let shim = container.pod.shim().ok_or_else(|| Fault::PodNotReady(container.pod.id.clone()))?;
-    let process = process(&container, request.cmd)?;
+    let process = process(&container, request.cmd, false)?;
     let config = daemon.config();
 
     let id = mint()?;
@@ -49,11 +54,11 @@ pub async fn sync(daemon: &Arc<Daemon>, request: v1::ExecSyncRequest) -> Result<
     let room = AtomicUsize::new(OUTPUT);
     let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
     let exit = {
-        let (out_path, err_path) = (out.path.clone(), err.path.clone());
+        let paths = paths(None, Some(&out), Some(&err));
         let mut guard = Guard { shim: &shim, container: &container.id, id: &id, armed: true };
-        let mut run = std::pin::pin!(shim.exec(&container.id, &id, process, &out_path, &err_path));
+        let mut run = std::pin::pin!(shim.exec(&container.id, &id, process, paths));
         let mut reads = std::pin::pin!(async {
-            tokio::join!(read(&mut out.end, &room, &mut stdout), read(&mut err.end, &room, &mut stderr));
+            tokio::join!(read(out.take(), &room, &mut stdout), read(err.take(), &room, &mut stderr));
         });
         let mut late = std::pin::pin!(elapsed(limit));
         let mut drained = false;
@@ -81,11 +86,75 @@ pub async fn sync(daemon: &Arc<Daemon>, request: v1::ExecSyncRequest) -> Result<
     Ok(v1::ExecSyncResponse { stdout, stderr, exit_code: i32::try_from(exit.code).unwrap_or(255) })
 }
 
-/// The container's own process with another command line and without a terminal.
-fn process(container: &Container, command: Vec<String>) -> Result<Vec<u8>> {
+/// Runs a command whose streams are a client's; answers with its exit code. A client that leaves ends its input, not
+/// the command.
+pub async fn stream(daemon: &Arc<Daemon>, request: streaming::Exec, client: Streams) -> Result<i32> {
+    let left = CancellationToken::new();
+    let run = tokio::spawn(run(daemon.clone(), request, client, left.clone()));
+    let _left = left.drop_guard();
+    run.await.unwrap_or_else(|_| Err(Fault::Panicked("Exec").into()))
+}
+
+async fn run(
+    daemon: Arc<Daemon>,
+    request: streaming::Exec,
+    client: Streams,
+    left: CancellationToken,
+) -> Result<i32> {
+    let container = daemon.container(&request.container)?;
+    container.check_phase(Phase::Running)?;
+    let shim = container.pod.shim().ok_or_else(|| Fault::PodNotReady(container.pod.id.clone()))?;
+    let wanted = request.streams;
+    let process = process(&container, request.command, wanted.tty)?;
+    let (io, id) = (daemon.config().state.join(IO), mint()?);
+    let fifo = |wanted: bool, name| wanted.then(|| Fifo::open(&io, &id, name)).transpose();
+    let mut out = fifo(wanted.stdout, "out")?;
+    let mut err = fifo(wanted.stderr && !wanted.tty, "err")?;
+    let mut feed = wanted.stdin.then(|| Feed::open(&io, &id)).transpose()?;
+    let paths = paths(feed.as_ref(), out.as_ref(), err.as_ref());
+
+    let over = CancellationToken::new();
+    let Streams { stdin, stdout, stderr, mut resize } = client;
+    let mut command = std::pin::pin!(shim.exec(&container.id, &id, process, paths));
+    let mut outputs = std::pin::pin!(async {
+        tokio::join!(
+            streams::output(out.as_mut().and_then(Fifo::take), stdout, left.clone(), over.clone()),
+            streams::output(err.as_mut().and_then(Fifo::take), stderr, left.clone(), over.clone()),
+        );
+    });
+    let mut beside = std::pin::pin!(async {
+        tokio::join!(
+            streams::input(stdin, feed.as_mut().and_then(Feed::take), left.clone()),
+            streams::sizes(&shim, &container.id, &id, &mut resize),
+        );
+    });
+    let (mut drained, mut done) = (false, false);
+    let exit = loop {
+        tokio::select! {
+            exit = &mut command => break exit,
+            () = &mut outputs, if !drained => drained = true,
+            () = &mut beside, if !done => done = true,
+        }
+    };
+    let exit = exit.map_err(Fault::shim(format!("exec in container {}", container.id)))?;
+    over.cancel();
+    if !drained {
+        let _ = timeout(streams::LAST, outputs).await;
+    }
+    Ok(i32::try_from(exit.code).unwrap_or(255))
+}
+
+/// The container's own process with another command line, with or without a terminal.
+fn process(container: &Container, command: Vec<String>, terminal: bool) -> Result<Vec<u8>> {
     let mut process = container.process()?;
     process["args"] = command.into();
-    process["terminal"] = Value::Bool(false);
+    process["terminal"] = Value::Bool(terminal);
+    if terminal && let Some(env) = process["env"].as_array_mut() {
+        let named = env.iter().filter_map(Value::as_str).any(|one| one.starts_with("TERM="));
+        if !named {
+            env.push(json!("TERM=xterm"));
+        }
+    }
     serde_json::to_vec(&process).map_err(|e| Fault::invalid(e.to_string()))
 }
 
@@ -97,7 +166,8 @@ async fn elapsed(limit: Option<Duration>) {
 }
 
 /// Reads to the end. What finds no room is dropped, and the command goes on.
-async fn read(from: &mut pipe::Receiver, room: &AtomicUsize, to: &mut Vec<u8>) {
+async fn read(from: Option<pipe::Receiver>, room: &AtomicUsize, to: &mut Vec<u8>) {
+    let Some(mut from) = from else { return };
     let mut chunk = vec![0; CHUNK];
     loop {
         let count = match from.read(&mut chunk).await {
@@ -131,24 +201,79 @@ impl Drop for Guard<'_> {
     }
 }
 
-/// A FIFO and its read end, opened before anyone writes: a writer that finds no reader would wait.
-struct Fifo {
-    path: PathBuf,
-    end: pipe::Receiver,
+/// What the shim is told of FIFOs.
+pub fn paths(stdin: Option<&Feed>, stdout: Option<&Fifo>, stderr: Option<&Fifo>) -> Paths {
+    let name = |path: Option<&PathBuf>| path.map(|p| p.to_string_lossy().into_owned()).unwrap_or_default();
+    Paths {
+        stdin: name(stdin.map(|feed| &feed.path)),
+        stdout: name(stdout.map(|fifo| &fifo.path)),
+        stderr: name(stderr.map(|fifo| &fifo.path)),
+    }
 }
 
-impl Fifo {
-    fn open(dir: &Path, id: &str, stream: &str) -> Result<Fifo> {
-        let path = dir.join(format!("{id}.{stream}"));
-        mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)
-            .map_err(|e| Fault::io("make FIFO", &path)(e.into()))?;
-        match pipe::OpenOptions::new().open_receiver(&path) {
-            Ok(end) => Ok(Fifo { path, end }),
+/// A FIFO and its write end. It is also held open for reading, so that what was written before the reader came is
+/// not lost when the writer has gone by then.
+pub struct Feed {
+    path: PathBuf,
+    end: Option<pipe::Sender>,
+    _held: OwnedFd,
+}
+
+impl Feed {
+    pub fn open(dir: &Path, id: &str) -> Result<Feed> {
+        let path = make(dir, id, "in")?;
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let opened = rustix::fs::open(&path, flags, Mode::empty()).map_err(std::io::Error::from);
+        let opened = opened.and_then(|held| Ok((pipe::OpenOptions::new().open_sender(&path)?, held)));
+        match opened {
+            Ok((end, held)) => Ok(Feed { path, end: Some(end), _held: held }),
             Err(e) => {
                 let _ = std::fs::remove_file(&path);
                 Err(Fault::io("open FIFO", path)(e))
             }
         }
+    }
+
+    /// The write end, once.
+    pub fn take(&mut self) -> Option<pipe::Sender> {
+        self.end.take()
+    }
+}
+
+impl Drop for Feed {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+fn make(dir: &Path, id: &str, stream: &str) -> Result<PathBuf> {
+    let path = dir.join(format!("{id}.{stream}"));
+    mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)
+        .map_err(|e| Fault::io("make FIFO", &path)(e.into()))?;
+    Ok(path)
+}
+
+/// A FIFO and its read end, opened before anyone writes: a writer that finds no reader would wait.
+pub struct Fifo {
+    path: PathBuf,
+    end: Option<pipe::Receiver>,
+}
+
+impl Fifo {
+    pub fn open(dir: &Path, id: &str, stream: &str) -> Result<Fifo> {
+        let path = make(dir, id, stream)?;
+        match pipe::OpenOptions::new().open_receiver(&path) {
+            Ok(end) => Ok(Fifo { path, end: Some(end) }),
+            Err(e) => {
+                let _ = std::fs::remove_file(&path);
+                Err(Fault::io("open FIFO", path)(e))
+            }
+        }
+    }
+
+    /// The read end, once.
+    pub fn take(&mut self) -> Option<pipe::Receiver> {
+        self.end.take()
     }
 }
 
@@ -174,7 +299,7 @@ mod tests {
         });
         let room = AtomicUsize::new(100_001);
         let mut got = Vec::new();
-        read(&mut fifo.end, &room, &mut got).await;
+        read(fifo.take(), &room, &mut got).await;
         writer.join().unwrap();
         assert_eq!(got, vec![7; 100_001]);
         assert_eq!(room.load(Ordering::Relaxed), 0);
@@ -185,9 +310,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut fifo = Fifo::open(dir.path(), "x", "out").unwrap();
         let mut chunk = [0; 1];
-        assert!(timeout(Duration::from_millis(50), fifo.end.read(&mut chunk)).await.is_err());
+        let mut end = fifo.take().unwrap();
+        assert!(timeout(Duration::from_millis(50), end.read(&mut chunk)).await.is_err());
         drop(std::fs::File::options().write(true).open(&fifo.path).unwrap());
-        assert_eq!(fifo.end.read(&mut chunk).await.unwrap(), 0);
+        assert_eq!(end.read(&mut chunk).await.unwrap(), 0);
         let path = fifo.path.clone();
         drop(fifo);
         assert!(!path.exists());

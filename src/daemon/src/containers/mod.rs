@@ -24,6 +24,7 @@ use crate::{
     pods::Pod,
 };
 
+pub mod attach;
 pub mod create;
 pub mod exec;
 pub mod exit;

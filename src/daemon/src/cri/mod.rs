@@ -80,6 +80,7 @@ fn code(error: &Error) -> Code {
         Fault::NoPod(_) | Fault::NoContainer(_) | Fault::NoImage(_) => Code::NotFound,
         Fault::Ambiguous(_) | Fault::Invalid(_) => Code::InvalidArgument,
         Fault::PodNotReady(_) | Fault::ContainerState(..) => Code::FailedPrecondition,
+        Fault::Full(_) => Code::ResourceExhausted,
         Fault::Taken(..) => Code::AlreadyExists,
         Fault::Unsupported(_) => Code::Unimplemented,
         Fault::Deadline { .. } => Code::DeadlineExceeded,
@@ -92,6 +93,7 @@ fn code(error: &Error) -> Code {
         Fault::Shim { source: shim::Error::State(_), .. } => Code::FailedPrecondition,
         Fault::Image { ref source, .. } => image::code(source),
         Fault::Unkillable(_)
+        | Fault::Slow(_)
         | Fault::Io { .. }
         | Fault::Shim { .. }
         | Fault::Network { .. }

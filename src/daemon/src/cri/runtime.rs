@@ -13,11 +13,15 @@ use crate::{
     daemon::Daemon,
     error::{Fault, Result},
     events, metrics, pods, stats, status,
+    streams::{self, Streaming},
 };
 
 /// The service.
 #[derive(Clone)]
-pub struct Runtime(pub Arc<Daemon>);
+pub struct Runtime {
+    pub daemon: Arc<Daemon>,
+    pub streams: Arc<Streaming>,
+}
 
 type Pieces<T> = BoxStream<'static, Result<T, Status>>;
 
@@ -35,7 +39,7 @@ impl RuntimeService for Runtime {
         let name = request.config.as_ref().and_then(|config| config.metadata.as_ref());
         let name = name.map(|pod| format!("{}/{}", pod.namespace, pod.name)).unwrap_or_default();
         call("RunPodSandbox", &name, async {
-            let pod_sandbox_id = pods::run::run(&self.0, request).await?;
+            let pod_sandbox_id = pods::run::run(&self.daemon, request).await?;
             Ok(v1::RunPodSandboxResponse { pod_sandbox_id })
         })
         .await
@@ -45,7 +49,7 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<v1::StopPodSandboxRequest>,
     ) -> Answer<v1::StopPodSandboxResponse> {
-        let (daemon, id) = (self.0.clone(), request.into_inner().pod_sandbox_id);
+        let (daemon, id) = (self.daemon.clone(), request.into_inner().pod_sandbox_id);
         detached("StopPodSandbox", &id.clone(), async move {
             pods::stop::stop(&daemon, &id).await.map(|()| v1::StopPodSandboxResponse {})
         })
@@ -56,7 +60,7 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<v1::RemovePodSandboxRequest>,
     ) -> Answer<v1::RemovePodSandboxResponse> {
-        let (daemon, id) = (self.0.clone(), request.into_inner().pod_sandbox_id);
+        let (daemon, id) = (self.daemon.clone(), request.into_inner().pod_sandbox_id);
         detached("RemovePodSandbox", &id.clone(), async move {
             pods::remove::remove(&daemon, &id).await.map(|()| v1::RemovePodSandboxResponse {})
         })
@@ -69,8 +73,8 @@ impl RuntimeService for Runtime {
     ) -> Answer<v1::PodSandboxStatusResponse> {
         let request = request.into_inner();
         call("PodSandboxStatus", &request.pod_sandbox_id, async {
-            let pod = self.0.pod(&request.pod_sandbox_id)?;
-            let info = if request.verbose { info::pod(&self.0.config(), &pod) } else { HashMap::new() };
+            let pod = self.daemon.pod(&request.pod_sandbox_id)?;
+            let info = if request.verbose { info::pod(&self.daemon.config(), &pod) } else { HashMap::new() };
             // No timestamp: with one the kubelet would believe containers_statuses in place of asking for each.
             Ok(v1::PodSandboxStatusResponse {
                 status: Some(pods::status::of(&pod)),
@@ -85,7 +89,7 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<v1::ListPodSandboxRequest>,
     ) -> Answer<v1::ListPodSandboxResponse> {
-        let items = pods::status::list(&self.0, request.into_inner().filter);
+        let items = pods::status::list(&self.daemon, request.into_inner().filter);
         Ok(Response::new(v1::ListPodSandboxResponse { items }))
     }
 
@@ -95,7 +99,7 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<v1::StreamPodSandboxesRequest>,
     ) -> Answer<Self::StreamPodSandboxesStream> {
-        let items = pods::status::list(&self.0, request.into_inner().filter);
+        let items = pods::status::list(&self.daemon, request.into_inner().filter);
         let stream = pieces(items, |pod_sandboxes| v1::StreamPodSandboxesResponse { pod_sandboxes });
         Ok(Response::new(Box::pin(stream)))
     }
@@ -106,7 +110,7 @@ impl RuntimeService for Runtime {
     ) -> Answer<v1::CreateContainerResponse> {
         let request = request.into_inner();
         call("CreateContainer", &request.pod_sandbox_id.clone(), async {
-            let container_id = containers::create::create(&self.0, request).await?;
+            let container_id = containers::create::create(&self.daemon, request).await?;
             Ok(v1::CreateContainerResponse { container_id })
         })
         .await
@@ -116,7 +120,7 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<v1::StartContainerRequest>,
     ) -> Answer<v1::StartContainerResponse> {
-        let (daemon, id) = (self.0.clone(), request.into_inner().container_id);
+        let (daemon, id) = (self.daemon.clone(), request.into_inner().container_id);
         detached("StartContainer", &id.clone(), async move {
             containers::start::start(&daemon, &id).await.map(|()| v1::StartContainerResponse {})
         })
@@ -127,7 +131,7 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<v1::StopContainerRequest>,
     ) -> Answer<v1::StopContainerResponse> {
-        let (daemon, request) = (self.0.clone(), request.into_inner());
+        let (daemon, request) = (self.daemon.clone(), request.into_inner());
         detached("StopContainer", &request.container_id.clone(), async move {
             containers::stop::stop(&daemon, &request.container_id, request.timeout).await?;
             Ok(v1::StopContainerResponse {})
@@ -139,7 +143,7 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<v1::RemoveContainerRequest>,
     ) -> Answer<v1::RemoveContainerResponse> {
-        let (daemon, id) = (self.0.clone(), request.into_inner().container_id);
+        let (daemon, id) = (self.daemon.clone(), request.into_inner().container_id);
         detached("RemoveContainer", &id.clone(), async move {
             containers::remove::remove(&daemon, &id).await.map(|()| v1::RemoveContainerResponse {})
         })
@@ -150,7 +154,7 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<v1::ListContainersRequest>,
     ) -> Answer<v1::ListContainersResponse> {
-        let containers = containers::status::list(&self.0, request.into_inner().filter);
+        let containers = containers::status::list(&self.daemon, request.into_inner().filter);
         Ok(Response::new(v1::ListContainersResponse { containers }))
     }
 
@@ -160,7 +164,7 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<v1::StreamContainersRequest>,
     ) -> Answer<Self::StreamContainersStream> {
-        let items = containers::status::list(&self.0, request.into_inner().filter);
+        let items = containers::status::list(&self.daemon, request.into_inner().filter);
         let stream = pieces(items, |containers| v1::StreamContainersResponse { containers });
         Ok(Response::new(Box::pin(stream)))
     }
@@ -171,9 +175,12 @@ impl RuntimeService for Runtime {
     ) -> Answer<v1::ContainerStatusResponse> {
         let request = request.into_inner();
         call("ContainerStatus", &request.container_id, async {
-            let container = self.0.container(&request.container_id)?;
-            let info =
-                if request.verbose { info::container(&self.0.config(), &container) } else { HashMap::new() };
+            let container = self.daemon.container(&request.container_id)?;
+            let info = if request.verbose {
+                info::container(&self.daemon.config(), &container)
+            } else {
+                HashMap::new()
+            };
             Ok(v1::ContainerStatusResponse { status: Some(containers::status::of(&container)), info })
         })
         .await
@@ -183,7 +190,7 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<v1::UpdateContainerResourcesRequest>,
     ) -> Answer<v1::UpdateContainerResourcesResponse> {
-        let (daemon, request) = (self.0.clone(), request.into_inner());
+        let (daemon, request) = (self.daemon.clone(), request.into_inner());
         detached("UpdateContainerResources", &request.container_id.clone(), async move {
             containers::update::update(&daemon, request)
                 .await
@@ -198,26 +205,41 @@ impl RuntimeService for Runtime {
     ) -> Answer<v1::ReopenContainerLogResponse> {
         let id = request.into_inner().container_id;
         call("ReopenContainerLog", &id, async {
-            containers::log::reopen(&self.0, &id).await.map(|()| v1::ReopenContainerLogResponse {})
+            containers::log::reopen(&self.daemon, &id).await.map(|()| v1::ReopenContainerLogResponse {})
         })
         .await
     }
 
     async fn exec_sync(&self, request: Request<v1::ExecSyncRequest>) -> Answer<v1::ExecSyncResponse> {
         let request = request.into_inner();
-        call("ExecSync", &request.container_id.clone(), containers::exec::sync(&self.0, request)).await
+        call("ExecSync", &request.container_id.clone(), containers::exec::sync(&self.daemon, request)).await
     }
 
-    async fn exec(&self, _: Request<v1::ExecRequest>) -> Answer<v1::ExecResponse> {
-        unsupported("Exec")
+    async fn exec(&self, request: Request<v1::ExecRequest>) -> Answer<v1::ExecResponse> {
+        let request = request.into_inner();
+        call("Exec", &request.container_id.clone(), async {
+            Ok(v1::ExecResponse { url: streams::exec(&self.daemon, &self.streams, request)? })
+        })
+        .await
     }
 
-    async fn attach(&self, _: Request<v1::AttachRequest>) -> Answer<v1::AttachResponse> {
-        unsupported("Attach")
+    async fn attach(&self, request: Request<v1::AttachRequest>) -> Answer<v1::AttachResponse> {
+        let request = request.into_inner();
+        call("Attach", &request.container_id, async {
+            Ok(v1::AttachResponse { url: streams::attach(&self.daemon, &self.streams, &request)? })
+        })
+        .await
     }
 
-    async fn port_forward(&self, _: Request<v1::PortForwardRequest>) -> Answer<v1::PortForwardResponse> {
-        unsupported("PortForward")
+    async fn port_forward(
+        &self,
+        request: Request<v1::PortForwardRequest>,
+    ) -> Answer<v1::PortForwardResponse> {
+        let request = request.into_inner();
+        call("PortForward", &request.pod_sandbox_id, async {
+            Ok(v1::PortForwardResponse { url: streams::port_forward(&self.daemon, &self.streams, &request)? })
+        })
+        .await
     }
 
     async fn container_stats(
@@ -226,7 +248,7 @@ impl RuntimeService for Runtime {
     ) -> Answer<v1::ContainerStatsResponse> {
         let id = request.into_inner().container_id;
         call("ContainerStats", &id, async {
-            let stats = stats::container(&self.0, &id).await?;
+            let stats = stats::container(&self.daemon, &id).await?;
             Ok(v1::ContainerStatsResponse { stats: Some(stats) })
         })
         .await
@@ -237,7 +259,7 @@ impl RuntimeService for Runtime {
         request: Request<v1::ListContainerStatsRequest>,
     ) -> Answer<v1::ListContainerStatsResponse> {
         call("ListContainerStats", "", async {
-            let stats = stats::containers(&self.0, request.into_inner().filter).await?;
+            let stats = stats::containers(&self.daemon, request.into_inner().filter).await?;
             Ok(v1::ListContainerStatsResponse { stats })
         })
         .await
@@ -250,7 +272,7 @@ impl RuntimeService for Runtime {
         request: Request<v1::StreamContainerStatsRequest>,
     ) -> Answer<Self::StreamContainerStatsStream> {
         call("StreamContainerStats", "", async {
-            let items = stats::containers(&self.0, request.into_inner().filter).await?;
+            let items = stats::containers(&self.daemon, request.into_inner().filter).await?;
             Ok(pieces(items, |container_stats| v1::StreamContainerStatsResponse { container_stats }).boxed())
         })
         .await
@@ -262,7 +284,7 @@ impl RuntimeService for Runtime {
     ) -> Answer<v1::PodSandboxStatsResponse> {
         let id = request.into_inner().pod_sandbox_id;
         call("PodSandboxStats", &id, async {
-            Ok(v1::PodSandboxStatsResponse { stats: Some(stats::pod(&self.0, &id).await?) })
+            Ok(v1::PodSandboxStatsResponse { stats: Some(stats::pod(&self.daemon, &id).await?) })
         })
         .await
     }
@@ -273,7 +295,7 @@ impl RuntimeService for Runtime {
     ) -> Answer<v1::ListPodSandboxStatsResponse> {
         call("ListPodSandboxStats", "", async {
             Ok(v1::ListPodSandboxStatsResponse {
-                stats: stats::pods(&self.0, request.into_inner().filter).await?,
+                stats: stats::pods(&self.daemon, request.into_inner().filter).await?,
             })
         })
         .await
@@ -286,7 +308,7 @@ impl RuntimeService for Runtime {
         request: Request<v1::StreamPodSandboxStatsRequest>,
     ) -> Answer<Self::StreamPodSandboxStatsStream> {
         call("StreamPodSandboxStats", "", async {
-            let items = stats::pods(&self.0, request.into_inner().filter).await?;
+            let items = stats::pods(&self.daemon, request.into_inner().filter).await?;
             Ok(pieces(items, |pod_sandbox_stats| v1::StreamPodSandboxStatsResponse { pod_sandbox_stats })
                 .boxed())
         })
@@ -300,7 +322,7 @@ impl RuntimeService for Runtime {
         let network = request.into_inner().runtime_config.and_then(|config| config.network_config);
         let cidr = network.unwrap_or_default().pod_cidr;
         call("UpdateRuntimeConfig", &cidr, async {
-            let told = self.0.network.set_pod_cidr(&cidr).await;
+            let told = self.daemon.network.set_pod_cidr(&cidr).await;
             told.map_err(Fault::network("take over the pod address range"))?;
             Ok(v1::UpdateRuntimeConfigResponse {})
         })
@@ -308,7 +330,7 @@ impl RuntimeService for Runtime {
     }
 
     async fn status(&self, request: Request<v1::StatusRequest>) -> Answer<v1::StatusResponse> {
-        Ok(Response::new(status::status(&self.0, request.into_inner().verbose)))
+        Ok(Response::new(status::status(&self.daemon, request.into_inner().verbose)))
     }
 
     async fn checkpoint_container(
@@ -335,7 +357,7 @@ impl RuntimeService for Runtime {
         &self,
         _: Request<v1::GetEventsRequest>,
     ) -> Answer<Self::GetContainerEventsStream> {
-        Ok(Response::new(events::subscribe(&self.0)))
+        Ok(Response::new(events::subscribe(&self.daemon)))
     }
 
     async fn list_metric_descriptors(
@@ -353,7 +375,7 @@ impl RuntimeService for Runtime {
         _: Request<v1::ListPodSandboxMetricsRequest>,
     ) -> Answer<v1::ListPodSandboxMetricsResponse> {
         call("ListPodSandboxMetrics", "", async {
-            Ok(v1::ListPodSandboxMetricsResponse { pod_metrics: metrics::pods(&self.0).await? })
+            Ok(v1::ListPodSandboxMetricsResponse { pod_metrics: metrics::pods(&self.daemon).await? })
         })
         .await
     }
@@ -365,7 +387,7 @@ impl RuntimeService for Runtime {
         _: Request<v1::StreamPodSandboxMetricsRequest>,
     ) -> Answer<Self::StreamPodSandboxMetricsStream> {
         call("StreamPodSandboxMetrics", "", async {
-            let items = metrics::pods(&self.0).await?;
+            let items = metrics::pods(&self.daemon).await?;
             Ok(pieces(items, |pod_sandbox_metrics| v1::StreamPodSandboxMetricsResponse {
                 pod_sandbox_metrics,
             })
@@ -378,14 +400,14 @@ impl RuntimeService for Runtime {
         &self,
         _: Request<v1::RuntimeConfigRequest>,
     ) -> Answer<v1::RuntimeConfigResponse> {
-        Ok(Response::new(status::runtime_config(&self.0)))
+        Ok(Response::new(status::runtime_config(&self.daemon)))
     }
 
     async fn update_pod_sandbox_resources(
         &self,
         request: Request<v1::UpdatePodSandboxResourcesRequest>,
     ) -> Answer<v1::UpdatePodSandboxResourcesResponse> {
-        let (daemon, request) = (self.0.clone(), request.into_inner());
+        let (daemon, request) = (self.daemon.clone(), request.into_inner());
         detached("UpdatePodSandboxResources", &request.pod_sandbox_id.clone(), async move {
             pods::update::update(&daemon, request).await.map(|()| v1::UpdatePodSandboxResourcesResponse {})
         })

@@ -18,6 +18,7 @@ use tokio::sync::Semaphore;
 use crate::{lock::Lock, shim::Shim};
 
 pub mod files;
+pub mod forward;
 pub mod network;
 pub mod record;
 pub mod remove;

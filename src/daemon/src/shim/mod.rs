@@ -90,6 +90,14 @@ pub struct Ended {
     pub at: i64,
 }
 
+/// Paths of the FIFOs of a process; empty means none.
+#[derive(Default)]
+pub struct Paths {
+    pub stdin: String,
+    pub stdout: String,
+    pub stderr: String,
+}
+
 /// The root file system of a container: overlayfs options.
 pub struct Rootfs {
     pub options: Vec<String>,
@@ -300,21 +308,41 @@ impl Shim {
         Ok(())
     }
 
+    /// Connects FIFOs to the first process of a container.
+    pub async fn attach(&self, id: &str, paths: Paths) -> Result<()> {
+        let request = own::AttachRequest {
+            container_id: id.into(),
+            stdin: paths.stdin,
+            stdout: paths.stdout,
+            stderr: paths.stderr,
+            ..Default::default()
+        };
+        self.ask(Some(QUICK), async |to| to.pod.attach(Context::default(), &request).await).await?;
+        Ok(())
+    }
+
+    /// Sets the size of the terminal of the first process or of a command.
+    pub async fn resize(&self, id: &str, exec: &str, width: u16, height: u16) -> Result<()> {
+        let request = task::ResizePtyRequest {
+            id: id.into(),
+            exec_id: exec.into(),
+            width: width.into(),
+            height: height.into(),
+            ..Default::default()
+        };
+        self.ask(Some(QUICK), async |to| to.task.resize_pty(Context::default(), &request).await).await?;
+        Ok(())
+    }
+
     /// Runs a command to its end. The caller bounds the time, and kills by [`Shim::signal`] with the exec's id.
-    pub async fn exec(
-        &self,
-        id: &str,
-        exec: &str,
-        process: Vec<u8>,
-        stdout: &Path,
-        stderr: &Path,
-    ) -> Result<Ended> {
+    pub async fn exec(&self, id: &str, exec: &str, process: Vec<u8>, paths: Paths) -> Result<Ended> {
         let request = own::RunExecRequest {
             container_id: id.into(),
             exec_id: exec.into(),
             process,
-            stdout: stdout.to_string_lossy().into_owned(),
-            stderr: stderr.to_string_lossy().into_owned(),
+            stdin: paths.stdin,
+            stdout: paths.stdout,
+            stderr: paths.stderr,
             ..Default::default()
         };
         let answer = self.ask(None, async |to| to.pod.run_exec(Context::default(), &request).await).await?;
