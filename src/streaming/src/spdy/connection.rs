@@ -88,6 +88,9 @@ struct Inbox {
     finished: bool,
     reset: bool,
     waker: Option<Waker>,
+    /// Outputs on their way to the peer, and that a reset has to follow the last of them.
+    queued: usize,
+    dropped: bool,
 }
 
 /// Output of a stream. It waits when the peer is slow.
@@ -183,6 +186,15 @@ impl Shared {
         self.room.notify_one();
     }
 
+    /// An output of a stream is written. True when it was the last one of a stream that is to be reset.
+    fn sent(&self, id: u32) -> bool {
+        let mut state = self.state();
+        let Some(inbox) = state.inboxes.get_mut(&id) else { return false };
+        inbox.queued = inbox.queued.saturating_sub(1);
+        let last = inbox.dropped && inbox.queued == 0;
+        last && state.inboxes.remove(&id).is_some_and(|inbox| !inbox.reset)
+    }
+
     fn answer(&self, answer: Answer) -> Result<(), Violation> {
         let mut state = self.state();
         state.answers += 1;
@@ -248,7 +260,7 @@ impl Reading {
             }
             Frame::SynReply { block, .. } => self.inflater.headers(&block).map(drop),
             Frame::Reset { id, .. } => {
-                self.change(id, |inbox| inbox.reset = true);
+                self.change(id, |inbox, _| inbox.reset = true);
                 Ok(())
             }
             // Ours are odd numbered nowhere: we send no pings, so each is the peer's.
@@ -290,33 +302,32 @@ impl Reading {
             let room = self.shared.room.notified();
             {
                 let state = self.shared.state();
-                if state.ended || state.buffered < MOST_BUFFERED || !state.inboxes.contains_key(&id) {
+                let wanted = state.inboxes.get(&id).is_some_and(|inbox| !inbox.dropped);
+                if state.ended || state.buffered < MOST_BUFFERED || !wanted {
                     break;
                 }
             }
             room.await;
         }
         let length = payload.len();
-        let kept = self.change(id, |inbox| {
-            if length > 0 {
+        self.change(id, |inbox, buffered| {
+            if length > 0 && !inbox.dropped {
                 inbox.chunks.push_back(payload);
+                *buffered += length;
             }
             inbox.finished |= fin;
         });
-        if kept {
-            self.shared.state().buffered += length;
-        }
         Ok(())
     }
 
-    fn change(&self, id: u32, change: impl FnOnce(&mut Inbox)) -> bool {
+    fn change(&self, id: u32, change: impl FnOnce(&mut Inbox, &mut usize)) {
         let mut state = self.shared.state();
-        let Some(inbox) = state.inboxes.get_mut(&id) else { return false };
-        change(inbox);
+        let State { inboxes, buffered, .. } = &mut *state;
+        let Some(inbox) = inboxes.get_mut(&id) else { return };
+        change(inbox, buffered);
         let waker = inbox.waker.take();
         drop(state);
         waker.into_iter().for_each(Waker::wake);
-        true
     }
 }
 
@@ -331,6 +342,7 @@ async fn write<Io: AsyncWrite + Send>(
     let mut frames = BytesMut::new();
     loop {
         let mut payload = Bytes::new();
+        let mut trailer = None;
         let mut closing = false;
         tokio::select! {
             biased;
@@ -351,8 +363,17 @@ async fn write<Io: AsyncWrite + Send>(
                 Some(Output::Data { id, payload: bytes }) => {
                     frame::data_header(&mut frames, id, false, bytes.len());
                     payload = bytes;
+                    // A reset cannot stand between a header and its payload.
+                    if shared.sent(id) {
+                        trailer = Some(id);
+                    }
                 }
-                Some(Output::Finish { id }) => frame::data_header(&mut frames, id, true, 0),
+                Some(Output::Finish { id }) => {
+                    frame::data_header(&mut frames, id, true, 0);
+                    if shared.sent(id) {
+                        trailer = Some(id);
+                    }
+                }
                 Some(Output::Close) | None => {
                     let last = shared.state().last;
                     frame::go_away(&mut frames, last);
@@ -360,8 +381,12 @@ async fn write<Io: AsyncWrite + Send>(
                 }
             },
         }
-        let mut both = frames.split().freeze().chain(payload);
-        if sink.write_all_buf(&mut both).await.is_err() {
+        let head = frames.split().freeze();
+        if let Some(id) = trailer {
+            frame::reset(&mut frames, id, CANCEL);
+        }
+        let mut whole = head.chain(payload).chain(frames.split().freeze());
+        if sink.write_all_buf(&mut whole).await.is_err() {
             break;
         }
         shared.state().active = Instant::now();
@@ -425,6 +450,9 @@ impl Stream {
     }
 
     fn put(&mut self, output: Output) -> io::Result<()> {
+        if let Some(inbox) = self.shared.state().inboxes.get_mut(&self.id) {
+            inbox.queued += 1;
+        }
         self.output.send_item(output).map_err(|_| io::ErrorKind::BrokenPipe.into())
     }
 }
@@ -460,16 +488,20 @@ impl AsyncWrite for Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        let inbox = {
-            let mut state = self.shared.state();
-            let inbox = state.inboxes.remove(&self.id);
-            let left: usize = inbox.iter().flat_map(|inbox| &inbox.chunks).map(Bytes::len).sum();
-            state.buffered = state.buffered.saturating_sub(left);
-            inbox
-        };
+        let mut state = self.shared.state();
+        let Some(inbox) = state.inboxes.get_mut(&self.id) else { return };
+        let left: usize = inbox.chunks.drain(..).map(|chunk| chunk.len()).sum();
+        let over = inbox.reset || (inbox.finished && self.finished);
+        // What was written goes out first: answers overtake it.
+        inbox.dropped = !over && inbox.queued > 0;
+        if !inbox.dropped {
+            state.inboxes.remove(&self.id);
+        }
+        let now = !over && !state.inboxes.contains_key(&self.id);
+        state.buffered = state.buffered.saturating_sub(left);
+        drop(state);
         self.shared.room.notify_one();
-        let over = inbox.is_none_or(|inbox| inbox.reset || (inbox.finished && self.finished));
-        if !over {
+        if now {
             let _ = self.shared.answer(Answer::Reset(self.id));
         }
     }
@@ -621,6 +653,29 @@ mod tests {
             connection.close().await;
         };
         tokio::join!(flood, ended);
+    }
+
+    #[tokio::test]
+    async fn a_reset_does_not_overtake_what_was_written_before_it() {
+        // Room for little, so that outputs wait.
+        let (mut peer, mut connection) = Peer::new(64);
+        peer.open(1);
+        peer.send().await;
+        let mut stream = connection.accept().await.unwrap();
+        assert!(matches!(peer.next().await, Some(Frame::SynReply { .. })));
+        for _ in 0..WAITING {
+            stream.write_all(&[7; 100]).await.unwrap();
+        }
+        drop(stream);
+        let mut got = 0;
+        loop {
+            match peer.next().await.unwrap() {
+                Frame::Data { id: 1, payload, .. } => got += payload.len(),
+                frame => break assert_eq!(frame, Frame::Reset { id: 1, status: CANCEL }),
+            }
+        }
+        assert_eq!(got, WAITING * 100);
+        assert!(connection.shared.state().inboxes.is_empty());
     }
 
     #[tokio::test]
