@@ -74,7 +74,7 @@ async fn a_forwarded_port_is_one_of_the_pod() -> Result<()> {
     let bed = Bed::new().await?;
     let crictl = Crictl::new(&bed.daemon.socket())?;
     let pod = bed.pod("forward").await?;
-    pod.start("c", "while true; do echo from the pod | nc -l -p 7777 -s 127.0.0.1; done").await?;
+    pod.start("c", "while true; do echo from the pod | nc -l -p 7777 127.0.0.1; done").await?;
     let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
     let _forward = Killed(
         crictl
