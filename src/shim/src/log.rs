@@ -784,7 +784,13 @@ mod tests {
         rustix::fs::fcntl_setfl(&ours, OFlags::NONBLOCK).unwrap();
         let sink = Arc::new(Mutex::new(Sink::new(tempfile::tempfile().unwrap())));
         let phase = watch::Sender::new(Phase::Running).subscribe();
-        let pump = pump(kernel::watch(ours).unwrap(), Lines::new(Stream::Stdout, RECORD), sink, Arc::default(), phase);
+        let pump = pump(
+            kernel::watch(ours).unwrap(),
+            Lines::new(Stream::Stdout, RECORD),
+            sink,
+            Arc::default(),
+            phase,
+        );
         time::timeout(Duration::from_secs(10), pump).await.expect("the pump ends");
         drop(theirs);
     }
