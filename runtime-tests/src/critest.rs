@@ -34,10 +34,10 @@ pub struct Outcome {
 pub struct Options {
     /// Only specs whose name matches.
     pub focus: Option<String>,
-    /// Run also what is left out by name, but for the image that cannot be had.
-    pub all: bool,
     /// Print every spec as it goes.
     pub verbose: bool,
+    /// Exec, attach and port-forward go over WebSocket; without, over SPDY.
+    pub websocket: bool,
 }
 
 /// Runs the suite. An error means that it could not be run; failed specs are in the outcome.
@@ -45,18 +45,12 @@ pub fn run(socket: &Path, options: &Options) -> Result<Outcome> {
     let program = setup::go_program("critest")?;
     let dir = place::scratch("critest-")?;
     let report = dir.path().join("report.json");
-    let left_out: Vec<&(&str, &str)> = LEFT_OUT
-        .iter()
-        .enumerate()
-        .filter(|(at, _)| *at == 0 || !options.all)
-        .map(|(_, entry)| entry)
-        .collect();
     let mut critest = Command::new(program);
     critest
         .arg(format!("--runtime-endpoint=unix://{}", socket.display()))
         .arg(format!(
             "--ginkgo.skip={}",
-            left_out.iter().map(|(name, _)| *name).collect::<Vec<_>>().join("|")
+            LEFT_OUT.iter().map(|(name, _)| *name).collect::<Vec<_>>().join("|")
         ))
         .arg(format!("--ginkgo.json-report={}", report.display()))
         .args(["--ginkgo.no-color", "--ginkgo.timeout=20m"])
@@ -66,6 +60,9 @@ pub fn run(socket: &Path, options: &Options) -> Result<Outcome> {
     }
     if options.verbose {
         critest.arg("--ginkgo.v");
+    }
+    if options.websocket {
+        critest.args(["--websocket-exec", "--websocket-attach", "--websocket-portforward"]);
     }
     let ended = run::output(&mut critest, Duration::from_secs(25 * 60))?;
     if options.verbose {
@@ -79,7 +76,7 @@ pub fn run(socket: &Path, options: &Options) -> Result<Outcome> {
             &said[said.len().saturating_sub(3000)..]
         )
     })?;
-    let mut outcome = read(&serde_json::from_slice(&text)?, &left_out, options.focus.is_some())?;
+    let mut outcome = read(&serde_json::from_slice(&text)?, options.focus.is_some())?;
     if !ended.status.success() && outcome.failed.is_empty() {
         outcome.failed.push(("critest itself".into(), run::how(ended.status)));
     }
@@ -87,7 +84,7 @@ pub fn run(socket: &Path, options: &Options) -> Result<Outcome> {
 }
 
 /// Reads ginkgo's JSON report.
-fn read(report: &Value, left_out: &[&(&str, &str)], focused: bool) -> Result<Outcome> {
+fn read(report: &Value, focused: bool) -> Result<Outcome> {
     let mut outcome = Outcome::default();
     let suite = report.get(0).context("the report is empty")?;
     outcome.seconds = suite["RunTime"].as_f64().unwrap_or_default() / 1e9;
@@ -107,7 +104,7 @@ fn read(report: &Value, left_out: &[&(&str, &str)], focused: bool) -> Result<Out
             ("It", "passed") => outcome.passed += 1,
             ("It", "skipped" | "pending") => {
                 let reason =
-                    left_out.iter().find(|(part, _)| name.contains(part)).map(|(_, why)| (*why).to_owned());
+                    LEFT_OUT.iter().find(|(part, _)| name.contains(part)).map(|(_, why)| (*why).to_owned());
                 let benchmark =
                     name.contains("benchmark").then(|| "a benchmark, run by flag only".to_owned());
                 match reason.or(benchmark).or_else(|| (!message.is_empty()).then_some(message)) {
@@ -183,11 +180,10 @@ mod tests {
             spec("c", "It", "skipped", "no AppArmor"),
             spec("d", "It", "skipped", ""),
         ]}]);
-        let left_out: Vec<_> = LEFT_OUT.iter().collect();
-        let outcome = read(&report, &left_out, false).unwrap();
+        let outcome = read(&report, false).unwrap();
         assert_eq!((outcome.passed, outcome.skipped.len()), (1, 3));
         assert_eq!(outcome.failed, [("Group b".to_owned(), "expected x".to_owned())]);
         assert_eq!(outcome.skipped[0].1, LEFT_OUT[0].1);
-        assert_eq!(read(&report, &left_out, true).unwrap().skipped.len(), 2);
+        assert_eq!(read(&report, true).unwrap().skipped.len(), 2);
     }
 }

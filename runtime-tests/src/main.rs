@@ -30,12 +30,12 @@ enum Command {
         /// Only specs whose name matches this expression.
         #[arg(long)]
         focus: Option<String>,
-        /// Run also the specs that are left out by name.
-        #[arg(long)]
-        all: bool,
         /// Show every spec.
         #[arg(short, long)]
         verbose: bool,
+        /// Exec, attach and port-forward over WebSocket in place of SPDY.
+        #[arg(long)]
+        websocket: bool,
         /// Test containerd in place of crisp, to see what this machine can pass.
         #[arg(long)]
         containerd: bool,
@@ -90,8 +90,8 @@ fn work() -> Result<()> {
         }
         Command::Check => suite::check(),
         Command::Test => suite::test(),
-        Command::Critest { focus, all, verbose, containerd } => {
-            run_critest(&critest::Options { focus, all, verbose }, containerd)
+        Command::Critest { focus, verbose, websocket, containerd } => {
+            run_critest(&critest::Options { focus, verbose, websocket }, containerd)
         }
         Command::Kubelet { containerd } => run_kubelet(containerd),
         Command::Demo => demo::run(),

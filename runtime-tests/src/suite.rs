@@ -32,7 +32,8 @@ const REST: &[(&str, Part)] = &[
     ("dependencies", dependencies),
     ("runtime tests", runtime_tests),
     ("oci validation", oci_part),
-    ("critest", critest_part),
+    ("critest, streaming by SPDY", || critest_part(false)),
+    ("critest, streaming by WebSocket", || critest_part(true)),
 ];
 
 /// What is quick: no pod is made.
@@ -128,11 +129,11 @@ fn oci_part() -> Result<Counts> {
     Ok(Counts { passed: summary.passed, failed: summary.failed.len(), skipped: summary.left_out.len() })
 }
 
-fn critest_part() -> Result<Counts> {
+fn critest_part(websocket: bool) -> Result<Counts> {
     critest::prepare_host()?;
     let images = registry::Docker::start(&catalog::ensure()?)?;
     let daemon = Daemon::start(images.address())?;
-    let outcome = critest::run(&daemon.socket(), &critest::Options::default())?;
+    let outcome = critest::run(&daemon.socket(), &critest::Options { websocket, ..Default::default() })?;
     outcome.print();
     if !outcome.failed.is_empty() {
         println!("{}", daemon.tail());
