@@ -154,13 +154,14 @@ pub fn create(request: Request<'_>) -> Result<Pending, Error> {
         hooks: hooks.clone(),
     };
     let pid_namespace = plan.namespaces.pid.as_ref().map(AsFd::as_fd);
+    let into = cgroup.get()?;
     // SAFETY: the crate's contract is one thread; the child goes into `first` and never returns.
-    let cloned = unsafe { namespace::clone_into(pid_namespace, flags, cgroup.get()?.clone_into_fd()) }?;
+    let cloned = unsafe { namespace::clone_into(pid_namespace, flags, into.clone_into_fd()) }?;
     let (pid, pidfd) = match cloned {
         Cloned::Parent { pid, pidfd } => (pid, pidfd),
         Cloned::Child => {
             drop(parent);
-            init::first(&plan)
+            init::first(&plan, into)
         }
     };
     drop(plan);
@@ -243,10 +244,9 @@ impl Pending {
         }
     }
 
-    /// Puts the child where it belongs before it does anything, then lets it go.
+    /// Lets the child go, with the score that only we may give it.
     fn release(&mut self, oom_score_adj: Option<i32>) -> Result<(), Error> {
         let Some(child) = &mut self.child else { return Ok(()) };
-        self.cgroup.get()?.add_cloned(child.pid)?;
         if let Some(score) = oom_score_adj {
             child.warnings.extend(set_oom_score(child.pid, score)?);
         }

@@ -119,6 +119,7 @@ macro_rules! steps {
 steps! {
     Channel "open channel to",
     Clone "clone",
+    Cgroup "enter cgroup",
     Wait "wait for",
     Descriptors "close inherited descriptors of",
     Namespace "enter namespace",

@@ -55,13 +55,13 @@ pub fn spawn(request: Request<'_>) -> Result<Pending, Error> {
         Cloned::Parent { pid, pidfd } => (pid, pidfd),
         Cloned::Child => {
             drop(parent);
-            init::another(&plan)
+            init::another(&plan, cgroup)
         }
     };
     drop(plan);
     let child = Child { pid, pidfd, channel: parent, pty: None, warnings, executing: false };
     let mut pending = Pending { child: Some(child) };
-    pending.release(cgroup, wanted.oom_score_adj)?;
+    pending.release(wanted.oom_score_adj)?;
     Ok(pending)
 }
 
@@ -149,9 +149,8 @@ impl Pending {
         }
     }
 
-    fn release(&mut self, cgroup: &Cgroup, oom_score_adj: Option<i32>) -> Result<(), Error> {
+    fn release(&mut self, oom_score_adj: Option<i32>) -> Result<(), Error> {
         let Some(child) = &mut self.child else { return Ok(()) };
-        cgroup.add_cloned(child.pid)?;
         if let Some(score) = oom_score_adj {
             child.warnings.extend(create::set_oom_score(child.pid, score)?);
         }

@@ -368,7 +368,7 @@ fn settle_shim(options: &PodOptions, host: &Host) -> Result<(), Error> {
             true => Ok(found),
             false => Cgroup::create(host, &options.shim_cgroup),
         };
-        cgroup.or_else(|_| Cgroup::open(host, &options.shim_cgroup))?.add(std::process::id())?;
+        cgroup.or_else(|_| Cgroup::open(host, &options.shim_cgroup))?.enter()?;
     }
     if options.oom_score_adj != 0 {
         let score = options.oom_score_adj.clamp(-1000, 1000);

@@ -117,9 +117,11 @@ fn a_cloned_child_is_born_in_the_v2_tree() {
     arguments[0] = 0x2_0000_0000; // CLONE_INTO_CGROUP
     arguments[4] = u64::from(libc::SIGCHLD.cast_unsigned());
     arguments[10] = u64::from(std::os::fd::AsRawFd::as_raw_fd(&into).cast_unsigned());
-    // SAFETY: `arguments` is a struct clone_args of 88 bytes; the child, a copy of a process with threads, only waits.
+    // SAFETY: `arguments` is a struct clone_args of 88 bytes; the child, a copy of a process with threads, allocates
+    // nothing and waits.
     let pid = unsafe { libc::syscall(libc::SYS_clone3, arguments.as_ptr(), size_of_val(&arguments)) };
     if pid == 0 {
+        let _ = cgroup.enter_cloned();
         loop {
             // SAFETY: no arguments, no memory.
             unsafe { libc::pause() };
@@ -128,9 +130,11 @@ fn a_cloned_child_is_born_in_the_v2_tree() {
     assert!(pid > 0);
     let pid = u32::try_from(pid).unwrap();
     assert_eq!(cgroup.pids().unwrap(), [pid]);
-    cgroup.add_cloned(pid).unwrap();
-    let lines = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
-    assert!(lines.lines().all(|l| l.ends_with(cgroup.path())), "{lines}");
+    let everywhere = || {
+        let lines = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+        lines.lines().all(|l| l.ends_with(cgroup.path()))
+    };
+    until("the child is in all trees", everywhere);
     cgroup.kill().unwrap();
     let pid = rustix::process::Pid::from_raw(pid.cast_signed());
     let (_, status) = rustix::process::waitpid(pid, rustix::process::WaitOptions::empty()).unwrap().unwrap();
@@ -442,7 +446,7 @@ fn a_v2_host_is_one_tree_and_one_step() {
     let cgroup = Scratch::new(&host.0);
     assert_eq!(host.0.layout(), Layout::Unified);
     let child = Waiting::new("sleep 60");
-    cgroup.add_cloned(child.0.id()).unwrap();
+    cgroup.enter_cloned().unwrap();
     assert!(cgroup.pids().unwrap().is_empty(), "nothing is left to do after CLONE_INTO_CGROUP");
     cgroup.add(child.0.id()).unwrap();
     assert_eq!(cgroup.pids().unwrap(), [child.0.id()]);

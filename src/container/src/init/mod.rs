@@ -5,6 +5,7 @@
 //! ```text
 //!   without a user namespace            with one
 //!   clone3 (new namespaces)             clone3
+//!     cgroup                              cgroup
 //!     sources, with the host's rights     sources, with the host's rights
 //!     join namespaces                     join namespaces, then the user namespace
 //!                                         clone3 (new namespaces, CLONE_PARENT), and exit
@@ -33,6 +34,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use rustix::io::Errno;
 
 use crate::capability;
+use crate::cgroup::Cgroup;
 use crate::error::{At, Error, Failure, Step};
 use crate::hooks::Hooks;
 use crate::kernel::{self, CLONE_NEWCGROUP, CLONE_NEWUSER, CLONE_PARENT, Cloned};
@@ -81,13 +83,13 @@ impl From<Failure> for End {
 }
 
 /// Becomes the container's first process.
-pub(crate) fn first(plan: &Plan) -> ! {
-    never_return(&plan.channel, || first_steps(plan))
+pub(crate) fn first(plan: &Plan, cgroup: &Cgroup) -> ! {
+    never_return(&plan.channel, || first_steps(plan, cgroup))
 }
 
 /// Becomes one more process of a running container.
-pub(crate) fn another(plan: &ExecPlan) -> ! {
-    never_return(&plan.channel, || another_steps(plan))
+pub(crate) fn another(plan: &ExecPlan, cgroup: &Cgroup) -> ! {
+    never_return(&plan.channel, || another_steps(plan, cgroup))
 }
 
 /// Runs the steps, which end in an exec or a failure to report.
@@ -102,8 +104,10 @@ fn never_return(channel: &Channel, steps: impl FnOnce() -> Result<Infallible, En
     })
 }
 
-fn first_steps(plan: &Plan) -> Result<Infallible, End> {
+fn first_steps(plan: &Plan, cgroup: &Cgroup) -> Result<Infallible, End> {
     let process = &plan.process;
+    hide()?;
+    cgroup.enter_cloned()?;
     isolate(plan.descriptors())?;
     wait(&plan.channel)?;
 
@@ -153,8 +157,10 @@ fn first_steps(plan: &Plan) -> Result<Infallible, End> {
     Err(ready.exec(process, &plan.channel).into())
 }
 
-fn another_steps(plan: &ExecPlan) -> Result<Infallible, End> {
+fn another_steps(plan: &ExecPlan, cgroup: &Cgroup) -> Result<Infallible, End> {
     let process = &plan.process;
+    hide()?;
+    cgroup.enter_cloned()?;
     isolate(plan.descriptors())?;
     wait(&plan.channel)?;
     process.set_limits(&plan.channel)?;
@@ -169,10 +175,13 @@ fn another_steps(plan: &ExecPlan) -> Result<Infallible, End> {
     Err(ready.exec(process, &plan.channel).into())
 }
 
-/// Lets go of what belongs to the parent: its descriptors, its signal handlers; and closes itself to others who
-/// may be in the namespaces that we join (CVE-2016-9962).
+/// Closes itself to others who may be in the namespaces that we join (CVE-2016-9962).
+fn hide() -> Result<(), Failure> {
+    kernel::prctl(libc::PR_SET_DUMPABLE, 0, 0).at(Step::Descriptors, "container process").map(drop)
+}
+
+/// Lets go of what belongs to the parent: its descriptors, its signal handlers.
 fn isolate(mut keep: Vec<RawFd>) -> Result<(), Failure> {
-    kernel::prctl(libc::PR_SET_DUMPABLE, 0, 0).at(Step::Descriptors, "container process")?;
     kernel::close_others(&mut keep).at(Step::Descriptors, "container process")?;
     kernel::default_signals();
     // Modes of what we make are meant as written; the process's own umask comes later.
