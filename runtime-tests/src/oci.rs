@@ -34,6 +34,7 @@ const HOST: &[(&str, &str, &str)] = &[
     ("linux_cgroups_blkio", "/sys/fs/cgroup/blkio/blkio.leaf_weight", "no CFQ since Linux 5.0"),
     ("linux_cgroups_relative_blkio", "/sys/fs/cgroup/blkio/blkio.leaf_weight", "no CFQ since Linux 5.0"),
     ("linux_process_apparmor_profile", "/sys/kernel/security/apparmor", "no AppArmor"),
+    ("linux_mount_label", "/sys/fs/selinux", "no SELinux"),
 ];
 
 /// Assertions that do not count when they fail: the program (empty: any), a part of the text, and why.

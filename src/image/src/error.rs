@@ -151,7 +151,7 @@ pub(crate) fn io(act: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
     }
 }
 
-/// As [`io`], for the kernel's bare error numbers.
+/// As [`io()`], for the kernel's bare error numbers.
 pub(crate) fn sys(act: impl Into<String>) -> impl FnOnce(rustix::io::Errno) -> Error {
     let io = io(act);
     move |errno| io(errno.into())

@@ -24,9 +24,9 @@ pub(crate) enum Report {
     Terminal(OwnedFd),
     /// Something had to be done without.
     Warning(String),
-    /// Namespaces exist, the root is still the host's: hooks of the runtime may run, then say [`Order::Go`].
+    /// Namespaces exist, the root is still the host's: hooks of the runtime may run, then say [`Channel::go`].
     Hooks,
-    /// All is set up; waiting for [`Order::Go`].
+    /// All is set up; waiting for [`Channel::go`].
     Ready,
     /// The next thing is exec, and the end of the stream means that it succeeded.
     Executing,
