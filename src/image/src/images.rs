@@ -297,13 +297,16 @@ impl Images {
                 else {
                     return Ok(thrown);
                 };
-                db.quick(|transaction| {
+                let mut used = db.quick(|transaction| {
                     transaction.execute("DELETE FROM image_snapshot WHERE key = ?1", [&key])?;
-                    Ok(())
+                    let mut views =
+                        transaction.prepare("DELETE FROM image_view WHERE key = ?1 RETURNING image")?;
+                    Ok(views.query_map([&key], |row| row.get(0))?.collect::<Result<Vec<String>, _>>()?)
                 })?;
+                used.push(image);
                 let mut index = index.write().unwrap_or_else(PoisonError::into_inner);
                 index.snapshots.remove(&key);
-                if !index.images.contains_key(&image) {
+                if used.iter().any(|image| !index.images.contains_key(image)) {
                     thrown.extend(directories.discard(db.collect()?)?);
                     thrown.extend(directories.discard_blobs(db)?);
                     index.reload(db)?;
@@ -347,10 +350,25 @@ impl Images {
         blocking(move || Stack::open(directories.layers.as_fd(), &stack)?.read(&path, limit)).await
     }
 
-    /// The layers of an image, topmost first: what a read-only overlay of it is mounted from. Only a snapshot keeps
-    /// them from being removed.
-    pub fn view(&self, image: &str) -> Result<Vec<PathBuf>, Error> {
-        Ok(self.lower(&self.stack(image)?))
+    /// The layers of an image, topmost first: what a read-only overlay of it is mounted from. They stay until the
+    /// snapshot with this key is released.
+    pub async fn view(&self, image: &str, key: &str) -> Result<Vec<PathBuf>, Error> {
+        let (index, id, key) = (self.index.clone(), image.to_owned(), key.to_owned());
+        let stack = self
+            .store
+            .run(move |db| {
+                let found = index.read().unwrap_or_else(PoisonError::into_inner).images.get(&id).cloned();
+                let image = found.ok_or_else(|| Error::NotFound(format!("image {id}")))?;
+                db.quick(|transaction| {
+                    transaction.execute(
+                        "INSERT OR IGNORE INTO image_view (key, image) VALUES (?1, ?2)",
+                        [&key, &id],
+                    )?;
+                    Ok(image.stack.clone())
+                })
+            })
+            .await?;
+        Ok(self.lower(&stack))
     }
 
     pub(crate) fn live(&self) -> Arc<Live> {
@@ -643,6 +661,8 @@ fn recover(db: &mut Db, directories: &Directories) -> Result<()> {
         for key in rows.difference(&present) {
             transaction.execute("DELETE FROM image_snapshot WHERE key = ?1", [key])?;
         }
+        transaction
+            .execute("DELETE FROM image_view WHERE key NOT IN (SELECT key FROM image_snapshot)", [])?;
         Ok(())
     })
 }

@@ -13,7 +13,8 @@ use crate::digest::Digest;
 use crate::error::{Error, Result, io};
 
 /// The tables. `boot` is the boot in which a layer was unpacked while nothing has synced it yet; a synced layer has
-/// none. `hidden` images were removed while a snapshot still uses them.
+/// none. `hidden` images were removed while a snapshot still uses them. A view is a further image that the owner of a
+/// snapshot has mounted; it ends with the snapshot.
 const SCHEMA: &str = "
 CREATE TABLE IF NOT EXISTS image_image (
     id TEXT PRIMARY KEY, manifest BLOB NOT NULL, config BLOB NOT NULL, size INTEGER NOT NULL,
@@ -33,6 +34,9 @@ CREATE TABLE IF NOT EXISTS image_stack (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS image_stack_layer ON image_stack(diff_id);
 CREATE TABLE IF NOT EXISTS image_snapshot (key TEXT PRIMARY KEY, image TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS image_view (
+    key TEXT NOT NULL, image TEXT NOT NULL, PRIMARY KEY (key, image)
+) STRICT, WITHOUT ROWID;
 ";
 
 type Job = Box<dyn FnOnce(&mut Db) + Send>;
@@ -260,7 +264,7 @@ impl Db {
         let pins = std::mem::take(&mut self.pins);
         let garbage = self.durable(|transaction| {
             let mut garbage = Vec::new();
-            let unused = "hidden = 1 AND id NOT IN (SELECT image FROM image_snapshot)";
+            let unused = "hidden = 1 AND id NOT IN (SELECT image FROM image_snapshot UNION SELECT image FROM image_view)";
             let mut mends =
                 transaction.prepare(&format!("SELECT id, mend FROM image_image WHERE {unused}"))?;
             let images: Vec<(String, Option<String>)> =

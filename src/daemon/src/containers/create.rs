@@ -90,7 +90,7 @@ fn same_pod(daemon: &Daemon, pod: &Pod, target: &str) -> Result<()> {
 async fn build(
     daemon: &Arc<Daemon>,
     pod: &Arc<Pod>,
-    mut config: v1::ContainerConfig,
+    config: v1::ContainerConfig,
     id: &str,
 ) -> Result<Container> {
     let wanted = config.image.as_ref().map(|image| image.image.as_str()).unwrap_or_default();
@@ -99,7 +99,8 @@ async fn build(
     let image_name = name_of(config.image.as_ref(), &image);
 
     let snapshot = daemon.images.prepare(&image.id, id).await.map_err(Fault::image("make writable layer"))?;
-    let mounted = mounted(daemon, &mut config)?;
+    let mounted = mounted(daemon, &config, id).await?;
+    let mounts = mounted.iter().map(|(name, image)| (name.clone(), image.id.clone())).collect();
     let parts = parts(image_name.clone(), &image, snapshot.lower);
     let made = {
         let (pod, config, id, settings) = (pod.clone(), config.clone(), id.to_string(), settings.clone());
@@ -120,6 +121,7 @@ async fn build(
         gid: user.gid,
         groups: user.supplemental_groups,
         joins: made.joins,
+        mounts,
     };
     let container = Container::new(id.into(), pod.clone(), config, now(), facts);
     let json = serde_json::to_vec(&made.spec).map_err(|e| Fault::invalid(e.to_string()))?;
@@ -174,7 +176,7 @@ fn look(
     config: &v1::ContainerConfig,
     id: &str,
     image: &spec::Image,
-    mounted: &BTreeMap<String, Vec<PathBuf>>,
+    mounted: &BTreeMap<String, spec::Mounted>,
     settings: &Config,
 ) -> Result<spec::Made> {
     let host = spec::host::get();
@@ -206,19 +208,21 @@ fn parts(name: String, image: &Image, layers: Vec<PathBuf>) -> spec::Image {
     }
 }
 
-/// Layers of the images that are mounted. The config is changed to name each by its id: the kubelet spares only
-/// images from collection whose id it finds in the status of a container.
-fn mounted(daemon: &Daemon, config: &mut v1::ContainerConfig) -> Result<BTreeMap<String, Vec<PathBuf>>> {
-    let mut layers = BTreeMap::new();
-    for mount in &mut config.mounts {
-        let Some(wanted) = mount.image.as_mut().filter(|wanted| !wanted.image.is_empty()) else { continue };
-        let missing = || Fault::Spec(spec::Error::ImageMissing(wanted.image.clone()));
-        let image = daemon.images.find(&wanted.image).ok_or_else(missing)?;
-        let view = daemon.images.view(&image.id).map_err(Fault::image("look into an image"))?;
-        (wanted.image, wanted.image_ref) = (image.id.clone(), image.id.clone());
-        layers.insert(image.id.clone(), view);
+/// The images that the config mounts, by the name that it has for them. They stay as long as the container.
+async fn mounted(
+    daemon: &Daemon,
+    config: &v1::ContainerConfig,
+    id: &str,
+) -> Result<BTreeMap<String, spec::Mounted>> {
+    let mut images = BTreeMap::new();
+    let names = config.mounts.iter().filter_map(|mount| Some(mount.image.as_ref()?.image.as_str()));
+    for name in names.filter(|name| !name.is_empty()) {
+        let missing = || Fault::Spec(spec::Error::ImageMissing(name.into()));
+        let image = daemon.images.find(name).ok_or_else(missing)?;
+        let layers = daemon.images.view(&image.id, id).await.map_err(Fault::image("look into an image"))?;
+        images.insert(name.into(), spec::Mounted { id: image.id.clone(), layers });
     }
-    Ok(layers)
+    Ok(images)
 }
 
 /// What can be refused by looking at the request alone; the parts of the spec check theirs.

@@ -8,6 +8,7 @@
 //! ```
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::PathBuf,
     sync::{Arc, OnceLock},
@@ -42,7 +43,7 @@ pub struct Container {
     /// 64 hex digits.
     pub id: String,
     pub pod: Arc<Pod>,
-    /// As the client sent it; image mounts name the image id that was found.
+    /// As the client sent it.
     pub config: v1::ContainerConfig,
     /// Nanoseconds since 1970.
     pub created_at: i64,
@@ -75,6 +76,8 @@ pub struct Facts {
     pub uid: i64,
     pub gid: i64,
     pub groups: Vec<i64>,
+    /// Ids of the images that are mounted, by the name that the config has for them.
+    pub mounts: BTreeMap<String, String>,
     /// Namespaces of the pod that it takes part in.
     pub joins: spec::Joins,
 }

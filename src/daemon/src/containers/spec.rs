@@ -57,6 +57,15 @@ pub struct Image {
     pub layers: Vec<PathBuf>,
 }
 
+/// An image that a container mounts.
+#[derive(Clone, Debug, Default)]
+pub struct Mounted {
+    /// Config digest.
+    pub id: String,
+    /// Directories of its layers, topmost first.
+    pub layers: Vec<PathBuf>,
+}
+
 /// What a container is asked to be.
 pub struct Request<'a> {
     /// Of the container.
@@ -64,8 +73,8 @@ pub struct Request<'a> {
     pub pod: &'a Pod,
     pub config: &'a v1::ContainerConfig,
     pub image: &'a Image,
-    /// Layers of the images that the config mounts, by the image as the config names it.
-    pub mounted: &'a BTreeMap<String, Vec<PathBuf>>,
+    /// The images that the config mounts, by the name that it has for them.
+    pub mounted: &'a BTreeMap<String, Mounted>,
     pub settings: &'a Config,
     pub host: &'a Host,
 }
@@ -538,9 +547,9 @@ fn sources(request: &Request<'_>) -> Result<Vec<Source>, Error> {
 
 fn source(request: &Request<'_>, mount: &v1::Mount, mountinfo: &mut Option<String>) -> Result<Source, Error> {
     if let Some(image) = &mount.image {
-        let layers =
+        let mounted =
             request.mounted.get(&image.image).ok_or_else(|| Error::ImageMissing(image.image.clone()))?;
-        return image_source(&image.image, layers, &mount.image_sub_path);
+        return image_source(&image.image, &mounted.layers, &mount.image_sub_path);
     }
     let path = mounts::look(&mount.host_path, &request.settings.security.absent_mount_sources_to_reject)?;
     if mount.propagation != v1::MountPropagation::PropagationPrivate as i32 {
@@ -663,7 +672,7 @@ pub mod tests {
         pod: v1::PodSandboxConfig,
         config: v1::ContainerConfig,
         image: Image,
-        mounted: BTreeMap<String, Vec<PathBuf>>,
+        mounted: BTreeMap<String, Mounted>,
         settings: Config,
         host: Host,
     }
@@ -944,7 +953,8 @@ pub mod tests {
         let layer = world.dir.path().join("other");
         fs::create_dir_all(layer.join("sub")).unwrap();
         fs::write(layer.join("file"), "x").unwrap();
-        world.mounted.insert("sha256:9".into(), vec![layer.clone()]);
+        let mounted = Mounted { id: "sha256:9".into(), layers: vec![layer.clone()] };
+        world.mounted.insert("sha256:9".into(), mounted);
         let image = |id: &str, sub: &str| v1::Mount {
             container_path: "/img".into(),
             image: Some(v1::ImageSpec { image: id.into(), ..Default::default() }),

@@ -2,7 +2,7 @@
 
 use cri_api::v1;
 
-use super::{Container, Phase};
+use super::{Container, Facts, Phase};
 use crate::{daemon::Daemon, pods::status::selects};
 
 /// The status of a container at hand.
@@ -24,13 +24,25 @@ pub fn of(container: &Container) -> v1::ContainerStatus {
         message: state.message,
         labels: container.config.labels.clone(),
         annotations: container.config.annotations.clone(),
-        mounts: container.config.mounts.clone(),
+        mounts: container.config.mounts.iter().map(|mount| shown_mount(mount, facts)).collect(),
         log_path: container.log_path(),
         resources: state.resources.map(|linux| v1::ContainerResources { linux: Some(linux), windows: None }),
         image_id: facts.image_id.clone(),
         user: Some(v1::ContainerUser { linux: Some(user) }),
         stop_signal: facts.stop_signal,
     }
+}
+
+/// A mount as it was asked for, but an image by its id: the kubelet spares only images from collection whose id it
+/// finds here.
+fn shown_mount(mount: &v1::Mount, facts: &Facts) -> v1::Mount {
+    let mut mount = mount.clone();
+    if let Some(image) = &mut mount.image
+        && let Some(id) = facts.mounts.get(&image.image)
+    {
+        (image.image, image.image_ref) = (id.clone(), id.clone());
+    }
+    mount
 }
 
 /// The containers that match every given part of the filter.

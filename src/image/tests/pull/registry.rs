@@ -252,7 +252,7 @@ async fn a_layer_that_comes_twice_is_stacked_once() {
     Recipe::new(&[empty.clone(), one, empty]).serve(&server, "a", "latest");
     let image = store.pull(&format!("{}/a", server.host())).await.unwrap();
     assert_eq!(image.diff_ids.len(), 3);
-    assert_eq!(store.images.view(&image.id).unwrap().len(), 2);
+    assert_eq!(store.images.view(&image.id, "seen").await.unwrap().len(), 2);
 }
 
 async fn a_layout_directory_is_imported() {

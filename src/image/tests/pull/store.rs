@@ -11,6 +11,7 @@ use crate::server::Server;
 facts![
     removing_an_image_takes_its_layers_with_it,
     an_image_in_use_loses_its_names_and_keeps_its_layers,
+    a_removed_image_stays_while_a_container_has_it_mounted,
     a_snapshot_survives_the_daemon,
     preparing_again_answers_the_same,
     s61_odd_snapshot_keys_are_refused,
@@ -69,6 +70,29 @@ async fn an_image_in_use_loses_its_names_and_keeps_its_layers() {
     store.is_clean().await;
 }
 
+async fn a_removed_image_stays_while_a_container_has_it_mounted() {
+    let (server, store) = (Server::start().await, Store::new().await);
+    for word in ["root", "volume"] {
+        Recipe::small(word).serve(&server, word, "latest");
+    }
+    let root = store.pull(&format!("{}/root", server.host())).await.unwrap();
+    let volume = store.pull(&format!("{}/volume", server.host())).await.unwrap();
+    for key in ["one", "two"] {
+        store.images.prepare(&root.id, key).await.unwrap();
+        let seen = store.images.view(&volume.id, key).await.unwrap();
+        assert_eq!(store.images.view(&volume.id, key).await.unwrap(), seen, "asked again");
+    }
+    assert!(store.images.remove(&volume.id).await.unwrap());
+    assert!(matches!(store.images.view(&volume.id, "one").await, Err(Error::NotFound(_))));
+    store.images.release("one").await.unwrap();
+    let store = store.reopened().await;
+    assert_eq!(store.layers(), 2);
+    store.images.release("two").await.unwrap();
+    assert_eq!(store.layers(), 1);
+    assert!(store.images.remove(&root.id).await.unwrap());
+    store.is_clean().await;
+}
+
 async fn a_snapshot_survives_the_daemon() {
     let (server, store) = (Server::start().await, Store::new().await);
     Recipe::small("x").serve(&server, "a", "latest");
@@ -121,7 +145,7 @@ async fn f22_a_lost_layer_hides_the_image_and_a_pull_repairs_it() {
     let (name, other) = (format!("{}/a", server.host()), format!("{}/b", server.host()));
     let image = store.pull(&name).await.unwrap();
     store.pull(&other).await.unwrap();
-    let lost = store.images.view(&image.id).unwrap()[0].clone();
+    let lost = store.images.view(&image.id, "seen").await.unwrap()[0].clone();
     std::fs::remove_dir_all(&lost).unwrap();
     let store = store.reopened().await;
     assert!(store.images.find(&name).is_none() && store.images.find(&other).is_some());
@@ -237,7 +261,7 @@ async fn compressed_layers_are_kept_where_that_is_wanted() {
     assert_eq!(kept.len(), 1);
     assert_eq!(digest(&std::fs::read(&kept[0]).unwrap()), made.blobs[0]);
     // A lost layer is made again from it, without the registry.
-    let lost = store.images.view(&image.id).unwrap()[0].clone();
+    let lost = store.images.view(&image.id, "seen").await.unwrap()[0].clone();
     std::fs::remove_dir_all(&lost).unwrap();
     server.forget();
     store.pull(&name).await.unwrap();
