@@ -127,12 +127,18 @@ pub(crate) fn shift<'a>(
     let host = kernel::open_path(Path::new("/")).at(Step::Rootfs, "/")?;
     mount_setattr(host.as_fd(), true, MountAttr::propagation(libc::MS_SLAVE))
         .at(Step::MountAttributes, "the host's mounts")?;
+    // All copies first: a part of a layer, as volumes are, may lie below one that is covered, and a copy of what is
+    // mapped cannot be mapped again. Then a directory before what is below it.
+    let mut trees = Vec::with_capacity(directories.len());
     for directory in directories {
-        let shown = directory.display();
-        let target = kernel::open_path(&directory).at(Step::Source, &shown)?;
-        let tree = mount::clone_fd(target.as_fd(), false).at(Step::Source, &shown)?;
-        mount_setattr(tree.as_fd(), false, MountAttr::idmap(user)).at(Step::IdMapMount, &shown)?;
-        mount::attach(tree.as_fd(), target.as_fd()).at(Step::Mount, &shown)?;
+        let tree = mount::clone(&directory, false).at(Step::Source, directory.display())?;
+        mount_setattr(tree.as_fd(), false, MountAttr::idmap(user))
+            .at(Step::IdMapMount, directory.display())?;
+        trees.push((directory, tree));
+    }
+    for (directory, tree) in trees {
+        let target = kernel::open_path(&directory).at(Step::Source, directory.display())?;
+        mount::attach(tree.as_fd(), target.as_fd()).at(Step::Mount, directory.display())?;
     }
     Ok(())
 }

@@ -127,6 +127,8 @@ pub enum Error {
     UserName(String),
     #[error("user {0:?} is not in the image's /etc/passwd")]
     UnknownUser(String),
+    #[error("supplemental groups policy {0} is not known")]
+    GroupsPolicy(i32),
     #[error("group {0:?} is not in the image's /etc/group")]
     UnknownGroup(String),
     #[error("capability {0:?} is not known")]
@@ -225,12 +227,14 @@ pub fn make(request: &Request<'_>) -> Result<Made, Error> {
     let resources = resources(&linux, settings, host)?;
 
     // Users
+    let policy = v1::SupplementalGroupsPolicy::try_from(security.supplemental_groups_policy)
+        .map_err(|_| Error::GroupsPolicy(security.supplemental_groups_policy))?;
     let mut user = user::resolve(&user::Wish {
         uid: security.run_as_user.map(|uid| uid.value),
         gid: security.run_as_group.map(|gid| gid.value),
         name: &security.run_as_username,
         groups: &security.supplemental_groups,
-        strict: security.supplemental_groups_policy == v1::SupplementalGroupsPolicy::Strict as i32,
+        strict: policy == v1::SupplementalGroupsPolicy::Strict,
         image: &image.user,
         passwd: &user_file(&image.layers, "etc/passwd")?,
         group: &user_file(&image.layers, "etc/group")?,
@@ -309,6 +313,7 @@ pub fn make(request: &Request<'_>) -> Result<Made, Error> {
         host_pid: !namespaces.contains(&"pid") && !joins.pid && joins.pid_of.is_empty(),
         host_ipc: !joins.ipc,
         host_network: !joins.net,
+        host_mqueue: Path::new("/dev/mqueue").is_dir(),
         user_namespace: pod.user_namespace().map(|(_, gids)| gids.length),
     };
     let mut files = files(pod, security.readonly_rootfs)?;
@@ -408,6 +413,15 @@ fn namespaces(pod: &Pod, options: &v1::NamespaceOption) -> Result<(Joins, Vec<&'
             Ok(NamespaceMode::Pod) if pod.user_namespace().is_none() => {
                 return Err(Error::Namespaces(
                     "the container asks for a user namespace that its pod does not have",
+                ));
+            }
+            // It gets the pod's: one that it did not ask for would surprise it.
+            Ok(NamespaceMode::Pod) if pod.namespaces().userns_options.is_some_and(|own| own != *user) => {
+                return Err(Error::Namespaces("the id mappings of the container are not those of its pod"));
+            }
+            Ok(NamespaceMode::Node) if pod.user_namespace().is_some() => {
+                return Err(Error::Namespaces(
+                    "the container asks for the host's users in a pod with its own",
                 ));
             }
             Ok(NamespaceMode::Pod | NamespaceMode::Node) => (),

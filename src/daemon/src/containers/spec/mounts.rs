@@ -72,7 +72,7 @@ pub fn check(mount: &v1::Mount, host: &Host) -> Result<String, Error> {
     }
     for list in [&mount.uid_mappings, &mount.gid_mappings] {
         if list.len() > MAPPINGS || !mappings_are_sane(list) {
-            return Err(bad("id mappings are empty, too many or out of range"));
+            return Err(bad("id mappings are empty, too many, out of range or overlap"));
         }
     }
     if mount.uid_mappings.is_empty() != mount.gid_mappings.is_empty() {
@@ -81,13 +81,16 @@ pub fn check(mount: &v1::Mount, host: &Host) -> Result<String, Error> {
     Ok(destination)
 }
 
-/// Ranges that stay within 32 bits.
+/// Ranges that stay within 32 bits and do not overlap, neither inside nor outside: the kernel takes no others.
 pub fn mappings_are_sane(list: &[v1::IdMapping]) -> bool {
-    list.iter().all(|map| {
-        map.length > 0
-            && map.host_id.checked_add(map.length).is_some()
-            && map.container_id.checked_add(map.length).is_some()
-    })
+    let apart = |from: fn(&v1::IdMapping) -> u32| {
+        let mut ranges: Vec<_> = list.iter().map(|map| (from(map), map.length)).collect();
+        ranges.sort_unstable();
+        let ends = ranges.iter().map(|(first, length)| first.checked_add(*length).filter(|_| *length > 0));
+        let next = ranges.iter().skip(1).map(|(first, _)| *first).chain([u32::MAX]);
+        ends.zip(next).all(|(end, next)| end.is_some_and(|end| end <= next))
+    };
+    apart(|map| map.container_id) && apart(|map| map.host_id)
 }
 
 /// A path below an image's root; empty means the root.
@@ -214,6 +217,8 @@ pub struct Setting {
     pub host_pid: bool,
     pub host_ipc: bool,
     pub host_network: bool,
+    /// The host has POSIX message queues mounted.
+    pub host_mqueue: bool,
     /// The pod has a user namespace; with so many gids.
     pub user_namespace: Option<u32>,
 }
@@ -241,23 +246,22 @@ pub fn defaults(setting: Setting) -> Vec<Value> {
         }
     };
     let mqueue = match foreign && setting.host_ipc {
-        true => bind("/dev/mqueue", &["rbind", "nosuid", "noexec", "nodev"]),
-        false => mount("/dev/mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
+        true => setting.host_mqueue.then(|| bind("/dev/mqueue", &["rbind", "nosuid", "noexec", "nodev"])),
+        false => Some(mount("/dev/mqueue", "mqueue", &["nosuid", "noexec", "nodev"])),
     };
     let sys = match foreign && setting.host_network {
         true => bind("/sys", &["rbind", "nosuid", "noexec", "nodev", "rro"]),
         false => mount("/sys", "sysfs", &["nosuid", "noexec", "nodev", mode]),
     };
     let cgroup = if setting.privileged || setting.cgroup_writable { "rw" } else { "ro" };
-    vec![
+    let before = [
         proc,
         mount("/dev", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
         mount("/dev/pts", "devpts", pts),
         shm,
-        mqueue,
-        sys,
-        mount("/sys/fs/cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", cgroup]),
-    ]
+    ];
+    let after = [sys, mount("/sys/fs/cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", cgroup])];
+    before.into_iter().chain(mqueue).chain(after).collect()
 }
 
 /// One mount of the client or of the image, ready for the spec.
@@ -450,6 +454,30 @@ mod tests {
             (
                 v1::Mount {
                     uid_mappings: vec![id(0, u32::MAX, 2)],
+                    gid_mappings: vec![id(0, 1, 1)],
+                    ..plain()
+                },
+                false,
+            ),
+            (
+                v1::Mount {
+                    uid_mappings: vec![id(10, 2000, 10), id(0, 1000, 10)],
+                    gid_mappings: vec![id(0, 1, 1)],
+                    ..plain()
+                },
+                true,
+            ),
+            (
+                v1::Mount {
+                    uid_mappings: vec![id(9, 2000, 10), id(0, 1000, 10)],
+                    gid_mappings: vec![id(0, 1, 1)],
+                    ..plain()
+                },
+                false,
+            ),
+            (
+                v1::Mount {
+                    uid_mappings: vec![id(0, 1000, 10), id(10, 1009, 10)],
                     gid_mappings: vec![id(0, 1, 1)],
                     ..plain()
                 },
@@ -677,7 +705,13 @@ mod tests {
         let kind = |setting: Setting, place: &str| {
             defaults(setting).iter().find(|entry| entry["destination"] == place).unwrap()["type"].clone()
         };
-        let all = Setting { host_pid: true, host_ipc: true, host_network: true, ..Setting::default() };
+        let all = Setting {
+            host_pid: true,
+            host_ipc: true,
+            host_network: true,
+            host_mqueue: true,
+            ..Setting::default()
+        };
         let user = Setting { user_namespace: Some(65536), ..all };
         for (place, plain, foreign) in [
             ("/proc", "proc", "bind"),
@@ -689,5 +723,7 @@ mod tests {
             assert_eq!(kind(user, place), foreign, "{place}");
         }
         assert_eq!(kind(Setting::default(), "/dev/shm"), "tmpfs");
+        let without = defaults(Setting { host_mqueue: false, ..user });
+        assert!(without.iter().all(|entry| entry["destination"] != "/dev/mqueue"));
     }
 }
