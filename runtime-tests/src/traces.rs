@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -208,6 +208,33 @@ pub fn hierarchies() -> Vec<PathBuf> {
         kind.starts_with("cgroup ") || kind.starts_with("cgroup2 ")
     };
     text.lines().filter(cgroup).filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from).collect()
+}
+
+/// The directory of a container's cgroup, in the hierarchy where it has a file.
+pub fn cgroup_with(id: &str, file: &str) -> Option<PathBuf> {
+    let mut found = hierarchies().into_iter().filter_map(|root| below(&root, id, 0));
+    found.find(|dir| dir.join(file).exists())
+}
+
+/// A file of a container's cgroup under the name that it has in either version, without the last line end.
+pub fn cgroup_file(id: &str, names: &[&str]) -> Result<String> {
+    let found = names.iter().find_map(|name| Some(cgroup_with(id, name)?.join(name)));
+    let path = found.with_context(|| format!("no cgroup of {id} has any of {names:?}"))?;
+    Ok(std::fs::read_to_string(path)?.trim().to_owned())
+}
+
+fn below(dir: &Path, part: &str, depth: usize) -> Option<PathBuf> {
+    for entry in std::fs::read_dir(dir).ok()?.flatten().filter(|e| e.file_type().is_ok_and(|t| t.is_dir())) {
+        if entry.file_name().to_string_lossy().contains(part) {
+            return Some(entry.path());
+        }
+        if depth < 8
+            && let Some(found) = below(&entry.path(), part, depth + 1)
+        {
+            return Some(found);
+        }
+    }
+    None
 }
 
 /// Arguments of a process, joined by blanks.

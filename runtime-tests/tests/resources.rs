@@ -5,36 +5,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use cri_api::v1::*;
 use runtime_tests::bed::Bed;
-use runtime_tests::client::{container, resources};
+use runtime_tests::client::{container, host_pod, resources};
 use runtime_tests::image::catalog;
-use runtime_tests::traces;
-
-/// A file of a container's cgroup, whichever hierarchy has it.
-fn cgroup_file(id: &str, names: &[&str]) -> Result<String> {
-    for root in traces::hierarchies() {
-        for name in names {
-            let found = find(&root, id, 0).map(|dir| dir.join(name)).filter(|path| path.exists());
-            if let Some(path) = found {
-                return Ok(std::fs::read_to_string(path)?.trim().to_owned());
-            }
-        }
-    }
-    anyhow::bail!("no cgroup of {id} has any of {names:?}")
-}
-
-fn find(dir: &std::path::Path, part: &str, depth: usize) -> Option<std::path::PathBuf> {
-    for entry in std::fs::read_dir(dir).ok()?.flatten().filter(|e| e.file_type().is_ok_and(|t| t.is_dir())) {
-        if entry.file_name().to_string_lossy().contains(part) {
-            return Some(entry.path());
-        }
-        if depth < 8
-            && let Some(found) = find(&entry.path(), part, depth + 1)
-        {
-            return Some(found);
-        }
-    }
-    None
-}
+use runtime_tests::traces::{self, cgroup_file, cgroup_with};
 
 /// The weight that cgroup v2 has for shares (cgroup v1 keeps the shares).
 fn shares_read_as(shares: &str, weight: &str, id: &str) -> Result<()> {
@@ -151,6 +124,99 @@ async fn out_of_memory_is_called_by_its_name() -> Result<()> {
     let id = pod.start_with(&limited("modest", "exec hog 8")).await?;
     runtime_tests::bed::wait_log(&pod.log("modest"), "holding 8 MiB")?;
     assert_eq!(bed.client.status(&id).await?.state, ContainerState::ContainerRunning as i32);
+    Ok(())
+}
+
+#[tokio::test]
+async fn out_of_memory_is_called_by_its_name_a_hundred_times() -> Result<()> {
+    let bed = Bed::new().await?;
+    bed.client.pull(catalog::TOOLS).await?;
+    let pod = bed.host_pod("crowd").await?;
+    let lanes = (0..8).map(|lane| {
+        let (client, pod) = (bed.client.clone(), pod.clone());
+        tokio::spawn(async move {
+            for number in (lane..100).step_by(8) {
+                // Every second one is only the parent of the one that is killed, and tells so.
+                let script = if number % 2 == 0 { "exec hog 200" } else { "hog 200; exit $?" };
+                let mut config = container(&format!("c{number}"), catalog::TOOLS, script);
+                resources(&mut config).memory_limit_in_bytes = 24 << 20;
+                let id = pod.start_with(&config).await?;
+                let status = client.wait_exit(&id).await?;
+                let end = (status.exit_code, status.reason.as_str());
+                ensure!(end == (137, "OOMKilled"), "container {number} ended with {end:?}");
+                client.remove(&id).await?;
+            }
+            Ok(())
+        })
+    });
+    for lane in lanes.collect::<Vec<_>>() {
+        lane.await??;
+    }
+    Ok(())
+}
+
+/// A cgroup in every hierarchy, as the kubelet makes one for a pod.
+struct Parent(String);
+
+impl Parent {
+    fn new(bed: &Bed) -> Result<Parent> {
+        let name = bed.daemon.dir().file_name().context("no name")?.to_string_lossy().into_owned();
+        for root in traces::hierarchies() {
+            std::fs::create_dir(root.join(&name))?;
+        }
+        Ok(Parent(name))
+    }
+
+    fn limit(&self, bytes: u64) -> Result<()> {
+        for file in ["memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.max"] {
+            for path in traces::hierarchies().into_iter().map(|root| root.join(&self.0).join(file)) {
+                if path.exists() {
+                    std::fs::write(&path, bytes.to_string())
+                        .with_context(|| format!("write {}", path.display()))?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Parent {
+    fn drop(&mut self) {
+        for root in traces::hierarchies() {
+            std::fs::remove_dir(root.join(&self.0)).ok();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_pod_that_is_out_of_memory_tells_which_container_paid() -> Result<()> {
+    let bed = Bed::new().await?;
+    bed.client.pull(catalog::TOOLS).await?;
+    let parent = Parent::new(&bed)?;
+    parent.limit(48 << 20)?;
+    let mut config = host_pod("limited");
+    config.linux.get_or_insert_default().cgroup_parent = format!("/{}", parent.0);
+    let pod = bed.run(config).await?;
+    let modest = pod.start("modest", "exec sleep 1000").await?;
+    ensure!(
+        cgroup_with(&modest, "memory.stat")
+            .is_some_and(|at| at.parent().is_some_and(|p| p.ends_with(&parent.0))),
+        "the container is not below its pod's cgroup"
+    );
+    let mut hungry = container("hungry", catalog::TOOLS, "exec hog 200");
+    // The kubelet's scores make the larger one the victim; here the limit of the pod is all there is.
+    resources(&mut hungry).oom_score_adj = 900;
+    let id = pod.start_with(&hungry).await?;
+    let status = bed.client.wait_exit(&id).await?;
+    assert_eq!((status.exit_code, status.reason.as_str()), (137, "OOMKilled"));
+    assert_eq!(bed.client.status(&modest).await?.state, ContainerState::ContainerRunning as i32);
+    pod.remove().await?;
+    // What the kubelet made is the kubelet's: it is empty and still there.
+    for root in traces::hierarchies().into_iter().map(|root| root.join(&parent.0)) {
+        let inside =
+            std::fs::read_dir(&root)?.flatten().filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).count();
+        assert_eq!(inside, 0, "{} holds cgroups", root.display());
+    }
     Ok(())
 }
 

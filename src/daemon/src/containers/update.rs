@@ -18,7 +18,8 @@ pub async fn update(daemon: &Arc<Daemon>, request: v1::UpdateContainerResourcesR
     let wanted = request.linux.ok_or_else(|| Fault::invalid("linux is missing"))?;
     let _act = container.act.lock().await;
     let host = spec::host::get();
-    let resources = spec::resources::linux(&wanted, host).map_err(|e| Fault::invalid(e.to_string()))?;
+    let asked = container.look(|state| whole(&wanted, state.resources.as_ref()));
+    let resources = spec::resources::linux(&asked, host).map_err(|e| Fault::invalid(e.to_string()))?;
     match container.phase() {
         Phase::Created => rewrite(&container, &resources, &wanted)?,
         Phase::Running => {
@@ -34,6 +35,23 @@ pub async fn update(daemon: &Arc<Daemon>, request: v1::UpdateContainerResourcesR
     container.change(|state| merge(state.resources.get_or_insert_default(), wanted));
     daemon.store.put(record::row(&container)).await?;
     Ok(())
+}
+
+/// Memory and swap are limited together: whoever changes one alone leaves the other as it is.
+fn whole(
+    wanted: &LinuxContainerResources,
+    known: Option<&LinuxContainerResources>,
+) -> LinuxContainerResources {
+    let mut asked = wanted.clone();
+    let (memory, swap) = (wanted.memory_limit_in_bytes, wanted.memory_swap_limit_in_bytes);
+    match known {
+        Some(known) if memory == 0 && swap != 0 => asked.memory_limit_in_bytes = known.memory_limit_in_bytes,
+        Some(known) if memory > 0 && swap == 0 => {
+            asked.memory_swap_limit_in_bytes = known.memory_swap_limit_in_bytes;
+        }
+        _ => {}
+    }
+    asked
 }
 
 /// Puts limits into the config.json that the start will read.
@@ -143,6 +161,26 @@ mod tests {
         assert_eq!((old.cpu_shares, old.cpu_quota, old.memory_limit_in_bytes), (512, -1, 1 << 20));
         assert_eq!(old.cpuset_cpus, "0-1");
         assert_eq!(old.hugepage_limits, [page("1GB", 0), page("2MB", 4)]);
+    }
+
+    #[test]
+    fn memory_and_swap_are_changed_together() {
+        let pair = |memory, swap| LinuxContainerResources {
+            memory_limit_in_bytes: memory,
+            memory_swap_limit_in_bytes: swap,
+            ..Default::default()
+        };
+        for (wanted, known, expected) in [
+            ((0, 0), (5, 7), (0, 0)),
+            ((6, 0), (5, 7), (6, 7)),
+            ((0, 9), (5, 7), (5, 9)),
+            ((6, 9), (5, 7), (6, 9)),
+            ((6, 0), (5, 0), (6, 0)),
+            ((-1, 0), (5, 7), (-1, 0)),
+        ] {
+            let asked = whole(&pair(wanted.0, wanted.1), Some(&pair(known.0, known.1)));
+            assert_eq!(asked, pair(expected.0, expected.1), "{wanted:?} {known:?}");
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use std::{collections::HashMap, fs};
 
+use cri_api::v1::{LinuxContainerResources, NamespaceOption};
 use serde_json::{Value, json};
 use shim_api::rundir;
 
@@ -74,7 +75,7 @@ fn spec(container: &Container) -> Value {
 
 fn from_pod(pod: &Pod) -> Value {
     let config = &pod.config;
-    let metadata = pod.metadata();
+    let (metadata, state) = (pod.metadata(), pod.state());
     let linux = config.linux.clone().unwrap_or_default();
     let dns = config.dns_config.clone().unwrap_or_default();
     let ports: Vec<Value> = config
@@ -98,6 +99,8 @@ fn from_pod(pod: &Pod) -> Value {
             "cgroup_parent": linux.cgroup_parent,
             "security_context": {"namespace_options": namespaces(&pod.namespaces())},
             "sysctls": linux.sysctls,
+            "resources": state.resources.as_ref().map(limits),
+            "overhead": state.overhead.as_ref().map(limits),
         },
     })
 }
@@ -135,17 +138,7 @@ fn from_container(container: &Container) -> Value {
         "stdin_once": config.stdin_once,
         "tty": config.tty,
         "linux": {
-            "resources": {
-                "cpu_period": resources.cpu_period,
-                "cpu_quota": resources.cpu_quota,
-                "cpu_shares": resources.cpu_shares,
-                "memory_limit_in_bytes": resources.memory_limit_in_bytes,
-                "memory_swap_limit_in_bytes": resources.memory_swap_limit_in_bytes,
-                "oom_score_adj": resources.oom_score_adj,
-                "cpuset_cpus": resources.cpuset_cpus,
-                "cpuset_mems": resources.cpuset_mems,
-                "unified": resources.unified,
-            },
+            "resources": limits(&resources),
             "security_context": {
                 "privileged": security.privileged,
                 "namespace_options": security.namespace_options.as_ref().map(namespaces),
@@ -160,7 +153,26 @@ fn from_container(container: &Container) -> Value {
     })
 }
 
-fn namespaces(options: &cri_api::v1::NamespaceOption) -> Value {
+fn limits(resources: &LinuxContainerResources) -> Value {
+    json!({
+        "cpu_period": resources.cpu_period,
+        "cpu_quota": resources.cpu_quota,
+        "cpu_shares": resources.cpu_shares,
+        "memory_limit_in_bytes": resources.memory_limit_in_bytes,
+        "memory_swap_limit_in_bytes": resources.memory_swap_limit_in_bytes,
+        "oom_score_adj": resources.oom_score_adj,
+        "cpuset_cpus": resources.cpuset_cpus,
+        "cpuset_mems": resources.cpuset_mems,
+        "hugepage_limits": resources
+            .hugepage_limits
+            .iter()
+            .map(|huge| json!({"page_size": huge.page_size, "limit": huge.limit}))
+            .collect::<Vec<_>>(),
+        "unified": resources.unified,
+    })
+}
+
+fn namespaces(options: &NamespaceOption) -> Value {
     json!({"network": options.network, "pid": options.pid, "ipc": options.ipc, "target_id": options.target_id,
         "userns_options": options.userns_options.as_ref().map(|user| json!({"mode": user.mode}))})
 }
