@@ -110,7 +110,21 @@ fn info(config: &Config, network: &Result<(), String>) -> HashMap<String, String
         Err(why) => why,
     };
     info.insert("lastCNILoadStatus".into(), json!(last).to_string());
+    info.insert("host".into(), host_info().to_string());
     info
+}
+
+/// What was found on this host; it decides which requests can be honoured.
+fn host_info() -> Value {
+    let host = host::get();
+    json!({
+        "kernel": format!("{}.{}", host.release.0, host.release.1),
+        "cgroupV2": host.unified,
+        "swapAccounted": host.swap,
+        "hugetlb": host.hugetlb,
+        "apparmor": host.apparmor,
+        "selinux": host.selinux,
+    })
 }
 
 /// The cgroup driver.

@@ -78,13 +78,15 @@ async fn make(
     }
 }
 
-/// Pid mode TARGET reaches a container of the same pod and nobody else's.
-fn same_pod(daemon: &Daemon, pod: &Pod, target: &str) -> Result<()> {
-    let there = || daemon.containers.get(target).is_some_and(|container| container.pod.id == pod.id);
-    if !target.is_empty() && !there() {
-        return Err(Fault::invalid(format!("pid target {target} is no container of pod {}", pod.id)));
+/// Pid mode TARGET reaches a running container of the same pod and nobody else's. The start looks again.
+fn check_target(daemon: &Daemon, pod: &Pod, target: &str) -> Result<()> {
+    if target.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    match daemon.containers.get(target).filter(|container| container.pod.id == pod.id) {
+        Some(container) => container.check_phase(super::Phase::Running),
+        None => Err(Fault::invalid(format!("pid target {target} is no container of pod {}", pod.id))),
+    }
 }
 
 async fn build(
@@ -108,7 +110,7 @@ async fn build(
         bounded(seats, move || look(&pod, &config, &id, &parts, &mounted, &settings)).await??
     };
 
-    same_pod(daemon, pod, &made.joins.pid_of)?;
+    check_target(daemon, pod, &made.joins.pid_of)?;
 
     let user = made.user.to_cri().linux.unwrap_or_default();
     let facts = Facts {
@@ -120,8 +122,8 @@ async fn build(
         uid: user.uid,
         gid: user.gid,
         groups: user.supplemental_groups,
-        joins: made.joins,
         mounts,
+        joins: made.joins,
     };
     let container = Container::new(id.into(), pod.clone(), config, now(), facts);
     let json = serde_json::to_vec(&made.spec).map_err(|e| Fault::invalid(e.to_string()))?;
