@@ -124,18 +124,17 @@ fn orphans_are_collected() {
         let shim = Shim::usual().await;
         // In the host's pid namespace orphans come to the subreaper.
         let spec = json!({"linux": {"namespaces": [{"type": "mount"}, {"type": "network"}]}});
-        let script = "i=0; while [ $i -lt 500 ]; do (sleep 0 &); i=$((i+1)); done; sleep 60";
-        shim.try_run("a", &["sh", "-c", script], Made { spec, ..Made::default() }).await.unwrap();
-        let children = || {
-            let id = shim.child.id();
-            fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap().split_whitespace().count()
-        };
-        until("the last sleep", || {
-            children() == 1
-                && fs::read_to_string(shim.cgroups()[0].join("a/cgroup.procs")).unwrap().lines().count() == 2
+        let script = "i=0; while [ $i -lt 500 ]; do (sleep 0 &); i=$((i+1)); done; exec sleep 60";
+        let pid = shim.try_run("a", &["sh", "-c", script], Made { spec, ..Made::default() }).await.unwrap();
+        let lines = |path: &str| fs::read_to_string(path).unwrap().split_whitespace().count();
+        let procs = shim.cgroups()[0].join("a/cgroup.procs").display().to_string();
+        let children = format!("/proc/{0}/task/{0}/children", shim.child.id());
+        until("the end of the loop", || {
+            fs::read(format!("/proc/{pid}/cmdline")).unwrap().starts_with(b"sleep")
         })
         .await;
-        assert_eq!(children(), 1);
+        // One by one they end, and are collected.
+        until("the end of the orphans", || lines(&procs) == 1 && lines(&children) == 1).await;
     });
 }
 
