@@ -29,7 +29,7 @@ use tokio::{io::unix::AsyncFd, sync::watch, task::JoinHandle, time};
 
 use crate::{
     attach::{Client, Clients},
-    kernel, lock, record,
+    kernel, lock, record, stream,
 };
 
 /// Longest content of a record when nobody says otherwise.
@@ -235,7 +235,7 @@ fn open(place: &Place) -> Result<File, Error> {
 
 /// Copies a stream until its end.
 async fn pump(
-    from: AsyncFd<OwnedFd>,
+    mut from: AsyncFd<OwnedFd>,
     mut lines: Lines,
     sink: Arc<Mutex<Sink>>,
     clients: Arc<Mutex<Clients>>,
@@ -258,6 +258,17 @@ async fn pump(
             },
         };
         match turn(&from, &mut lines, &sink, &clients, TURN) {
+            // A terminal that was hung up and is open again.
+            Turn::Dry if ready.ready().is_read_closed() => {
+                drop(ready);
+                match stream::rewatch(&from) {
+                    Ok(anew) => from = anew,
+                    Err(cause) => {
+                        log::warn!("follow the output of a container: {cause}");
+                        break;
+                    }
+                }
+            }
             Turn::Dry => ready.clear_ready(),
             Turn::More => tokio::task::yield_now().await,
             Turn::HungUp if *phase.borrow() == Phase::Running => {

@@ -12,7 +12,11 @@ use rustix::{
     fs::{FileType, Mode, OFlags},
     io::Errno,
 };
-use tokio::{io::unix::AsyncFd, task::JoinHandle, time};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    task::JoinHandle,
+    time,
+};
 
 use crate::kernel::watch;
 
@@ -145,12 +149,12 @@ pub(crate) fn input(from: OwnedFd, to: OwnedFd) -> io::Result<impl Future<Output
     Ok(copy(watch(from)?, watch(to)?, Way::In))
 }
 
-async fn copy(from: AsyncFd<OwnedFd>, to: AsyncFd<OwnedFd>, way: Way) {
+async fn copy(mut from: AsyncFd<OwnedFd>, mut to: AsyncFd<OwnedFd>, way: Way) {
     let mut buffer = vec![0; CHUNK];
     let mut deaf = false;
     loop {
-        let read = from.async_io(tokio::io::Interest::READABLE, |fd| {
-            Ok(rustix::io::retry_on_intr(|| rustix::io::read(fd, &mut buffer[..]))?)
+        let read = when(&mut from, Interest::READABLE, |fd| {
+            rustix::io::retry_on_intr(|| rustix::io::read(fd, &mut buffer[..]))
         });
         // A terminal whose last user is gone says EIO.
         let count = match read.await {
@@ -159,8 +163,8 @@ async fn copy(from: AsyncFd<OwnedFd>, to: AsyncFd<OwnedFd>, way: Way) {
         };
         let mut rest = &buffer[..count];
         while !deaf && !rest.is_empty() {
-            let write = to.async_io(tokio::io::Interest::WRITABLE, |fd| {
-                Ok(rustix::io::retry_on_intr(|| rustix::io::write(fd, rest))?)
+            let write = when(&mut to, Interest::WRITABLE, |fd| {
+                rustix::io::retry_on_intr(|| rustix::io::write(fd, rest))
             });
             match write.await {
                 Ok(count) => rest = &rest[count..],
@@ -170,6 +174,31 @@ async fn copy(from: AsyncFd<OwnedFd>, to: AsyncFd<OwnedFd>, way: Way) {
             }
         }
     }
+}
+
+/// Acts as soon as the descriptor is ready for it.
+async fn when<T>(
+    fd: &mut AsyncFd<OwnedFd>,
+    interest: Interest,
+    mut act: impl FnMut(&OwnedFd) -> rustix::io::Result<T>,
+) -> io::Result<T> {
+    loop {
+        let mut ready = fd.ready(interest).await?;
+        match act(ready.get_inner()) {
+            Err(Errno::AGAIN) if ready.ready().is_read_closed() || ready.ready().is_write_closed() => {
+                drop(ready);
+                *fd = rewatch(fd)?;
+            }
+            Err(Errno::AGAIN) => ready.clear_ready(),
+            done => return Ok(done?),
+        }
+    }
+}
+
+/// Waits for a descriptor anew. That a terminal was hung up once sticks to an `AsyncFd` and makes it ready for
+/// ever, though a process has the terminal open again.
+pub(crate) fn rewatch(fd: &AsyncFd<OwnedFd>) -> io::Result<AsyncFd<OwnedFd>> {
+    watch(fd.get_ref().try_clone()?)
 }
 
 #[cfg(test)]

@@ -246,6 +246,23 @@ fn a_terminal_is_logged_as_stdout() {
 }
 
 #[test]
+fn a_terminal_that_was_hung_up_and_opened_again_is_waited_for_and_not_spun_on() {
+    run(async {
+        let shim = Shim::usual().await;
+        let options = ContainerOptions { terminal: true, ..ContainerOptions::default() };
+        let spec = json!({"process": {"terminal": true}});
+        let script =
+            "exec </dev/null >/dev/null 2>&1; sleep 0.2; exec >/dev/console; echo again; exec sleep 60";
+        shim.try_run("a", &["sh", "-c", script], Made { options, spec }).await.unwrap();
+        until("a word after the hang-up", || shim.printed("a") == "again\n").await;
+        let before = shim.cpu();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let spent: f64 = shim.cpu().iter().sum::<f64>() - before.iter().sum::<f64>();
+        assert!(spent < 0.2, "{spent} s of computing in a second of quiet");
+    });
+}
+
+#[test]
 fn a_container_without_stdin_reads_nothing_and_one_with_it_waits() {
     run(async {
         let shim = Shim::usual().await;
