@@ -7,7 +7,7 @@ use cri_api::v1::*;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use runtime_tests::bed::{self, Bed};
-use runtime_tests::client::{container, refused};
+use runtime_tests::client::{self, Client, container, refused};
 use runtime_tests::image::catalog;
 use runtime_tests::run;
 use tonic::Code;
@@ -113,30 +113,41 @@ async fn exit_codes_are_exact_however_often_the_daemon_dies() -> Result<()> {
     Ok(())
 }
 
+/// All that is done to a pod with one container.
+async fn life(client: &Client, config: &PodSandboxConfig) -> Result<()> {
+    let id = client.run_pod(config).await?;
+    client.run(&id, &container("c", catalog::SMALL, "exec sleep 1000"), config).await?;
+    client.stop_pod(&id).await?;
+    Ok(client.remove_pod(&id).await?)
+}
+
 #[tokio::test]
 async fn the_daemon_killed_in_the_middle_of_calls_leaves_nothing_half_done() -> Result<()> {
     let mut bed = Bed::new().await?;
     let before = bed.daemon.traces();
-    for millis in [0, 1, 2, 4, 8, 16, 32] {
-        let name = format!("half{millis}");
-        let config = runtime_tests::client::pod(&name);
-        let client = bed.client.clone();
-        let asked = config.clone();
-        let work = tokio::spawn(async move {
-            let id = client.run_pod(&asked).await?;
-            let inner = container("c", catalog::SMALL, "exec sleep 1000");
-            client.run(&id, &inner, &asked).await?;
-            client.stop_pod(&id).await?;
-            client.remove_pod(&id).await
-        });
-        tokio::time::sleep(Duration::from_millis(millis)).await;
+    let whole = {
+        let clock = Instant::now();
+        life(&bed.client, &client::pod("whole")).await?;
+        clock.elapsed()
+    };
+    for part in 0..16 {
+        let mut config = client::pod(&format!("part{part}"));
+        let (client, asked) = (bed.client.clone(), config.clone());
+        let work = tokio::spawn(async move { life(&client, &asked).await });
+        tokio::time::sleep(whole * part / 16).await;
         bed.daemon.kill()?;
         // Broken off, or done before.
         drop(work.await?);
         bed.restart().await?;
+        // As the kubelet does: a pod that was being stopped is followed by its next attempt.
+        if bed.client.pods(None).await?.iter().any(|pod| pod.state == PodSandboxState::SandboxNotready as i32)
+        {
+            bed.client.remove_all_pods().await?;
+            config.metadata.get_or_insert_default().attempt += 1;
+        }
         let id = bed.client.run_pod(&config).await?;
         let inner = container("c", catalog::SMALL, "exec sleep 1000");
-        // As the kubelet does: what is there already is not asked for again.
+        // And what is there already is not asked for again.
         let made = match bed.client.containers(None).await?.into_iter().next() {
             Some(there) => there.id,
             None => bed.client.create(&id, &inner, &config).await?,

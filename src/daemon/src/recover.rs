@@ -22,12 +22,17 @@ use crate::{
 
 /// How long the first answer waits for the shims' clean-up of what died while nobody looked.
 const CLEAN: Duration = Duration::from_secs(5);
+/// How long a shim's answer is waited for: one that is frozen must not hold up the others.
+const ANSWER: Duration = Duration::from_secs(1);
+/// How often a start under way is looked at.
+const STARTING: Duration = Duration::from_millis(10);
 
 /// Restores all objects, and begins what is left to do.
 pub async fn run(daemon: &Arc<Daemon>, rows: Vec<Row>) {
     let begun = std::time::Instant::now();
     read(daemon, &rows).await;
     meet(daemon).await;
+    starts(daemon).await;
     let (ended, left) = (settle(daemon).await, unfinished(daemon));
     info!(
         pods = daemon.pods.all().len(),
@@ -76,7 +81,17 @@ async fn meet(daemon: &Arc<Daemon>) {
     let all = daemon.pods.all();
     join_all(all.iter().map(|pod| async move {
         match find(&pod.dir).await {
-            Ok(Some(shim)) => pod.set_shim(Some(Arc::new(shim))),
+            Ok(Some(shim)) => {
+                let shim = Arc::new(shim);
+                pod.set_shim(Some(shim.clone()));
+                // That a stop was begun is not written before it is, so only the shim knows of one.
+                if let Ok(Ok(false)) = timeout(ANSWER, shim.is_ready(&pod.id)).await {
+                    pod.change(|state| match state.phase {
+                        Phase::Ready => state.phase = Phase::Stopping,
+                        Phase::Creating | Phase::Stopping | Phase::Stopped => {}
+                    });
+                }
+            }
             Ok(None) => {}
             Err(e) => warn!(pod = %pod.id, error = %e, "shim lives and cannot be reached: it is tried again"),
         }
@@ -102,6 +117,22 @@ fn record_of(dir: &Path) -> Option<rundir::Process> {
             error!(record = %path.display(), error = %e, "set aside");
             None
         }
+    }
+}
+
+/// Waits for the starts that the last daemon had asked for. A shim goes on with them, and records nothing before the
+/// program runs: until then the container looks as if nobody had begun.
+async fn starts(daemon: &Daemon) {
+    let created = daemon.containers.all().into_iter().filter(|c| c.phase() == containers::Phase::Created);
+    let waits = created.filter_map(|container| Some((container.pod.shim()?, container)));
+    let done = join_all(waits.map(|(shim, container)| async move {
+        // An error is its end as well: the shim does not know the container.
+        while shim.is_starting(&container.id).await.unwrap_or(false) {
+            tokio::time::sleep(STARTING).await;
+        }
+    }));
+    if timeout(CLEAN, done).await.is_err() {
+        warn!("a container's start that the last daemon asked for takes long");
     }
 }
 
@@ -304,8 +335,10 @@ async fn collect(daemon: &Arc<Daemon>) {
         }
     }
     volumes(daemon).await;
-    let live: Vec<String> =
-        daemon.pods.all().iter().map(|pod| pod.id.clone()).chain(daemon.attachments.pods()).collect();
+    // A stopped pod has given its address back, which its network may not have done with when the last daemon died.
+    let connected = daemon.pods.with(|pod| pod.look(|state| state.phase) != Phase::Stopped);
+    let mut live: Vec<String> = connected.iter().map(|pod| pod.id.clone()).collect();
+    live.extend(daemon.attachments.pods());
     if let Err(e) = daemon.network.gc(&live).await {
         warn!(error = %e, "collect addresses of nobody");
     }

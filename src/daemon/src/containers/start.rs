@@ -54,17 +54,15 @@ pub async fn start(daemon: &Arc<Daemon>, id: &str) -> Result<()> {
 async fn failed(daemon: &Arc<Daemon>, container: &Arc<Container>, error: shim::Error) -> Error {
     let reason = match &error {
         shim::Error::Gone => return Fault::shim("start container")(error),
-        shim::Error::Deadline => {
-            // Not to be left half-made: whatever of it exists or comes to exist is killed.
-            if let Some(shim) = container.pod.shim() {
-                let _ = shim.signal(&container.id, "", 9, true).await;
-                let _ = shim.delete(&container.id).await;
-            }
-            "StartError"
-        }
         shim::Error::Invalid(_) | shim::Error::State(_) => "ContainerCannotRun",
         _ => "StartError",
     };
+    // Not to be left half-made: whatever of it exists or comes to exist is killed. It can be there already when a
+    // start of the last daemon is still under way.
+    if let (shim::Error::Deadline | shim::Error::State(_), Some(shim)) = (&error, container.pod.shim()) {
+        let _ = shim.signal(&container.id, "", 9, true).await;
+        let _ = shim.delete(&container.id).await;
+    }
     let why = error.to_string();
     container.change(|state| {
         state.phase = Phase::Exited;

@@ -197,6 +197,15 @@ impl Shim {
         Ok(())
     }
 
+    /// Whether the pod exists and nobody has begun to stop it.
+    pub async fn is_ready(&self, id: &str) -> Result<bool> {
+        let request = sandbox::SandboxStatusRequest { sandbox_id: id.into(), ..Default::default() };
+        let answer = self
+            .ask(Some(QUICK), async |to| to.sandbox.sandbox_status(Context::default(), &request).await)
+            .await?;
+        Ok(answer.state == "SANDBOX_READY")
+    }
+
     /// Ends every process of the pod and returns when their exits are recorded.
     pub async fn stop_pod(&self, id: &str) -> Result<()> {
         let seconds = QUICK.as_secs();
@@ -253,6 +262,15 @@ impl Shim {
         };
         let answer = self.ask(Some(SLOW), async |to| to.pod.run(Context::default(), &request).await).await?;
         Ok(Running { pid: answer.pid, started_at: answer.started_at })
+    }
+
+    /// Whether a container is on its way from its creation to its program.
+    pub async fn is_starting(&self, id: &str) -> Result<bool> {
+        use task::Status;
+        let request = task::StateRequest { id: id.into(), ..Default::default() };
+        let answer =
+            self.ask(Some(QUICK), async |to| to.task.state(Context::default(), &request).await).await?;
+        Ok(matches!(answer.status.enum_value_or_default(), Status::UNKNOWN | Status::CREATED))
     }
 
     /// Returns when the first process of a container has ended and its record is written. Has no deadline.
