@@ -13,7 +13,9 @@
 
 use std::{
     collections::HashMap,
+    convert::Infallible,
     fs::File,
+    future::pending,
     io::Read,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
@@ -616,7 +618,11 @@ impl Container {
 
     /// The one way to the end; see the picture above.
     async fn settle(self: Arc<Container>, pod: Arc<Pod>, ended: oneshot::Receiver<Ended>) {
-        let mut ended = end(ended).await;
+        let mut kills = 0;
+        let mut ended = tokio::select! {
+            ended = end(ended) => ended,
+            never = self.follow_oom(&pod, &mut kills) => match never {},
+        };
         let _told = Told(&self.ended);
         let starting = self.starting.lock().await;
         let (process, streams, copies) = {
@@ -630,13 +636,13 @@ impl Container {
             (life.process.take(), streams, life.copies.take())
         };
         drop(starting);
-        let oom = process.as_ref().is_some_and(|process| match process.cgroup.oom_count() {
-            Ok(count) => count > 0,
-            Err(cause) => {
+        let count = process.as_ref().map_or(0, |process| {
+            process.cgroup.oom_count().unwrap_or_else(|cause| {
                 ::log::warn!("container {}: {cause}", self.id);
-                false
-            }
+                0
+            })
         });
+        let oom = count > 0;
         if let Some(Err(cause)) = process.as_ref().map(|process| process.cgroup.kill()) {
             ::log::warn!("container {}: {cause}", self.id);
         }
@@ -668,11 +674,37 @@ impl Container {
             life.pid
         };
         self.ended.send_replace(Some(ended));
-        if oom {
+        if count > kills {
             pod.events.send(Event::Oom { id: self.id.clone() });
         }
         let (id, process) = (self.id.clone(), self.id.clone());
         pod.events.send(Event::Exited { id, process, pid, code: ended.code, at: ended.at });
+    }
+
+    /// Tells containerd of processes that the OOM killer takes while the first one lives on, and counts them. crispd
+    /// reads the cgroup by itself.
+    async fn follow_oom(&self, pod: &Pod, kills: &mut u64) -> Infallible {
+        let watch = match pod.events.heard() {
+            true => self.with_process(|process| Ok(process.cgroup.oom_watch()?)).ok().flatten(),
+            false => None,
+        };
+        let Some(watch) = watch else { return pending().await };
+        let Ok(ready) = watch_borrowed(watch.as_fd()) else { return pending().await };
+        while let Ok(mut guard) = ready.readable().await {
+            watch.clear();
+            guard.clear_ready();
+            // cgroup v1 tells that memory ran out before it chooses a process.
+            for _ in 0..10 {
+                let count = self.with_process(|process| Ok(process.cgroup.oom_count()?)).unwrap_or(0);
+                if count > *kills {
+                    *kills = count;
+                    pod.events.send(Event::Oom { id: self.id.clone() });
+                    break;
+                }
+                time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+        pending().await
     }
 
     /// The event that tells of a new container.

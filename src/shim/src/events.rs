@@ -61,6 +61,11 @@ impl Events {
         Events { queue, namespace }
     }
 
+    /// Whether anybody is told.
+    pub(crate) fn heard(&self) -> bool {
+        self.queue.is_some()
+    }
+
     /// Sends in the order of the calls. Never waits: a containerd that does not listen loses events.
     pub(crate) fn send(&self, event: Event) {
         let Some(queue) = &self.queue else { return };

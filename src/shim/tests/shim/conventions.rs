@@ -14,7 +14,7 @@ use shim_api::{
     containerd::{
         api::{
             ConnectRequest, CreateTaskRequest, DeleteRequest, DeleteResponse, Empty, ForwardRequest,
-            ShutdownRequest, StartRequest, WaitRequest,
+            KillRequest, ShutdownRequest, StartRequest, WaitRequest,
         },
         shim_async::{Client, Events, TaskClient, create_events},
         types::introspection::RuntimeInfo,
@@ -147,6 +147,41 @@ fn containerd_runs_a_container_with_it() {
             .unwrap();
         until("the end of the shim", || !Path::new(&format!("/proc/{shim}")).exists()).await;
         assert!(!socket.exists());
+    });
+}
+
+#[test]
+fn an_oom_kill_is_told_while_the_container_lives_on() {
+    run(async {
+        let fixture = Shim::spawn().await;
+        let limit =
+            serde_json::json!({"linux": {"resources": {"memory": {"limit": 15 << 20, "swap": 15 << 20}}}});
+        let hungry = "dd if=/dev/zero of=/dev/null bs=20M count=1; sleep 60";
+        fixture.bundle_with("a", &["sh", "-c", hungry], Made { spec: limit, ..Made::default() });
+        let (bundle, dir) = (fixture.bundle("a"), fixture.state.path());
+        let heard = Heard::default();
+        let events = format!("unix://{}/events.sock", dir.display());
+        let mut server =
+            Server::new().bind(&events).unwrap().register_service(create_events(Arc::new(heard.clone())));
+        server.start().await.unwrap();
+        let started = start(&bundle, "a", dir, &events["unix://".len()..]);
+        let answer: HashMap<String, serde_json::Value> = serde_json::from_slice(&started.stdout).unwrap();
+        let task = TaskClient::new(Client::connect(answer["address"].as_str().unwrap()).await.unwrap());
+        let bundle = bundle.display().to_string();
+        let create = CreateTaskRequest { id: "a".into(), bundle, ..CreateTaskRequest::default() };
+        task.create(soon(), &create).await.unwrap();
+        task.start(soon(), &StartRequest { id: "a".into(), ..StartRequest::default() }).await.unwrap();
+        let told = || heard.0.lock().unwrap().iter().filter(|topic| *topic == "/tasks/oom").count();
+        until("the news of the kill", || told() == 1).await;
+        assert!(!heard.0.lock().unwrap().contains(&"/tasks/exit".to_owned()));
+
+        let kill = KillRequest { id: "a".into(), signal: 9, ..KillRequest::default() };
+        task.kill(soon(), &kill).await.unwrap();
+        until("its end", || heard.0.lock().unwrap().contains(&"/tasks/exit".to_owned())).await;
+        assert_eq!(told(), 1, "the same kill was told again");
+        task.delete(soon(), &DeleteRequest { id: "a".into(), ..DeleteRequest::default() }).await.unwrap();
+        let shutdown = ShutdownRequest { id: "a".into(), ..ShutdownRequest::default() };
+        task.shutdown(soon(), &shutdown).await.unwrap();
     });
 }
 
