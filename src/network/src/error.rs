@@ -139,6 +139,16 @@ pub enum Error {
         /// `pod <id>` or `a process of the host`.
         holder: String,
     },
+    /// The port could be opened, and nobody would ever be answered there.
+    #[error("host port {port} on {host_ip} cannot lead to the pod: {why}")]
+    PortUnreachable {
+        /// The port of the host.
+        port: u16,
+        /// The address of the host that the pod named.
+        host_ip: IpAddr,
+        /// What is in the way.
+        why: &'static str,
+    },
     /// A blocking step died.
     #[error("network worker: {0}")]
     Worker(String),

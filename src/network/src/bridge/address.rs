@@ -240,6 +240,18 @@ fn remove_file(path: &Path) -> Result<(), Error> {
     }
 }
 
+/// Whether an address of the host can lead to a pod with these addresses. Linux forwards what is sent to 127/8 where
+/// it is told to (route_localnet), and never what is sent to ::1.
+pub(crate) fn reachable(port: &PortMapping, pod: &[IpAddr]) -> Result<(), Error> {
+    let Some(host_ip) = port.host_ip.filter(|ip| !ip.is_unspecified()) else { return Ok(()) };
+    let why = match host_ip {
+        IpAddr::V6(ip) if ip.is_loopback() => "the kernel forwards nothing from IPv6's loopback",
+        ip if !pod.iter().any(|pod| pod.is_ipv4() == ip.is_ipv4()) => "the pod has no address of that family",
+        _ => return Ok(()),
+    };
+    Err(Error::PortUnreachable { port: port.host_port, host_ip, why })
+}
+
 /// Whether a process of the host listens on the port: our rules would take its callers away from it.
 pub(crate) fn probe(port: &PortMapping) -> Result<(), Error> {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, ipproto, socket_with, sockopt};
@@ -289,6 +301,24 @@ mod tests {
 
     fn port(host_port: u16, protocol: Protocol, host_ip: &str) -> PortMapping {
         PortMapping { protocol, container_port: 80, host_port, host_ip: host_ip.parse().ok() }
+    }
+
+    #[test]
+    fn an_address_of_the_host_leads_to_pods_of_its_family_and_ipv6s_loopback_to_none() {
+        let (four, six) = (IpAddr::from([10, 0, 0, 2]), "fd00::2".parse().unwrap());
+        for (host_ip, pod, fine) in [
+            ("", &[four][..], true),
+            ("0.0.0.0", &[six][..], true),
+            ("127.0.0.1", &[four], true),
+            ("127.0.0.1", &[six], false),
+            ("192.0.2.1", &[four, six], true),
+            ("2001:db8::1", &[four, six], true),
+            ("2001:db8::1", &[four], false),
+            ("::1", &[four, six], false),
+            ("::1", &[four], false),
+        ] {
+            assert_eq!(reachable(&port(80, Protocol::Tcp, host_ip), pod).is_ok(), fine, "{host_ip} {pod:?}");
+        }
     }
 
     #[test]

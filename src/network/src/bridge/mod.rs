@@ -210,6 +210,7 @@ impl Shared {
             lease = lock(&self.leases).take(&pod.pod_id, &subnets, &pod.ports);
         }
         let lease = lease?;
+        lease.ports.iter().try_for_each(|port| address::reachable(port, &lease.ips))?;
         lease.ports.iter().try_for_each(address::probe)?;
         self.records.write(&lease)?;
         Ok(lease)

@@ -8,7 +8,7 @@
 //!     chain guard       { filter, prerouting raw:  from the bridge, from or to 127/8: drop }
 //!     chain prerouting  { nat, dstnat:  to an address of the host: jump ports }
 //!     chain output      { nat, dstnat:  to an address of the host: jump ports }
-//!     chain ports       { dnat to hosts4, ports4, hosts6, ports6 }
+//!     chain ports       { dnat to hosts4, ports4, and but for ::1 to hosts6, ports6 }
 //!     chain postrouting { nat, srcnat:  to the bridge, translated, from the subnets or 127/8: masquerade
 //!                                       from the subnets to elsewhere: masquerade }
 //! }
@@ -16,7 +16,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::attachment::PortMapping;
@@ -290,13 +290,19 @@ impl Table {
         // An element for one address of the host goes before one for all.
         for (family, hosts, ports) in [(IPV4, "hosts4", "ports4"), (IPV6, "hosts6", "ports6")] {
             let words = if family == IPV4 { 1 } else { 4 };
-            let mut rule = Step::family(family);
-            rule.push(Step::Payload {
-                base: NETWORK,
-                offset: destination(family),
-                len: words * 4,
-                register: 0,
-            });
+            let to =
+                Step::Payload { base: NETWORK, offset: destination(family), len: words * 4, register: 0 };
+            // No packet to ::1 would arrive in the pod. Left alone, its sender is refused at once in place of waiting.
+            let start = || {
+                let mut rule = Step::family(family);
+                rule.push(to.clone());
+                if family == IPV6 {
+                    let loopback = Ipv6Addr::LOCALHOST.octets().to_vec();
+                    rule.push(Step::Compare { equal: false, value: loopback });
+                }
+                rule
+            };
+            let mut rule = start();
             rule.extend([
                 Step::Meta { key: META_L4PROTO, register: words },
                 Step::Payload { base: TRANSPORT, offset: 2, len: 2, register: words + 1 },
@@ -304,7 +310,7 @@ impl Table {
                 Step::Dnat { family, port: words },
             ]);
             rules.push(("ports", rule));
-            let mut rule = Step::family(family);
+            let mut rule = start();
             rule.extend([
                 Step::Meta { key: META_L4PROTO, register: 0 },
                 Step::Payload { base: TRANSPORT, offset: 2, len: 2, register: 1 },
@@ -360,6 +366,7 @@ impl Table {
 }
 
 /// One step of a rule.
+#[derive(Clone)]
 enum Step {
     Meta { key: u32, register: u32 },
     Compare { equal: bool, value: Vec<u8> },

@@ -295,6 +295,10 @@ fn host_ports_work_over_ipv6() {
         assert!(ask(at(ip("fd77::1"), 8080)).unwrap().starts_with("a "), "the host");
         assert!(b.inside(|| ask(at(ip("fd77::1"), 8080))).unwrap().starts_with("a "), "another pod");
         assert!(a.inside(|| ask(at(ip("fd77::1"), 8080))).unwrap().starts_with("a "), "the pod itself");
+        // Linux forwards nothing from there: who calls "localhost" must learn at once to go on to 127.0.0.1.
+        let loopback = TcpStream::connect_timeout(&at(ip("::1"), 8080), SOON);
+        assert_eq!(loopback.unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused);
+        assert!(ask(at(ip("127.0.0.1"), 8080)).unwrap().starts_with("a "), "the other loopback");
         for pod in [a, b] {
             host.bridge.detach(&pod.attachment).await.unwrap();
         }
