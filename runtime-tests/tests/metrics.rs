@@ -216,7 +216,17 @@ async fn pressure_is_reported_where_the_kernel_measures_it() -> Result<()> {
             ensure!(total("some")? - some.total < 10_000_000_000, "{some:?} is not what {text} says");
         }
     }
-    pod.remove().await
+    let request = PodSandboxStatsRequest { pod_sandbox_id: pod.id.clone() };
+    let stats = bed.client.runtime.clone().pod_sandbox_stats(request).await?.into_inner().stats;
+    let linux = stats.and_then(|stats| stats.linux).context("nothing about Linux")?;
+    for (file, found) in [
+        ("cpu.pressure", linux.cpu.and_then(|c| c.psi)),
+        ("memory.pressure", linux.memory.and_then(|m| m.psi)),
+        ("io.pressure", linux.io.and_then(|i| i.psi)),
+    ] {
+        assert_eq!(found.is_some(), cgroup_with(&id, file).is_some(), "{file} of the pod");
+    }
+    Ok(())
 }
 
 #[tokio::test]

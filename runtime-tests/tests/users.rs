@@ -173,6 +173,131 @@ async fn root_of_a_user_namespace_rules_its_pod_and_nothing_else() -> Result<()>
 }
 
 #[tokio::test]
+async fn every_kind_of_container_runs_in_a_user_namespace() -> Result<()> {
+    let bed = owned().await?;
+    let mut config = client::pod("kinds");
+    namespaces(&mut config, |options| {
+        options.userns_options = Some(usual());
+        options.pid = NamespaceMode::Pod as i32;
+    });
+    config.linux.get_or_insert_default().security_context.get_or_insert_default().privileged = true;
+    let pod = bed.run(config).await?;
+    let target = pod.start_with(&inside("target", OWNED, "exec sleep 1000.9375")).await?;
+    type Change<'a> = Box<dyn Fn(&mut ContainerConfig) + 'a>;
+    let device = Device {
+        host_path: "/dev/full".into(),
+        container_path: "/dev/brim".into(),
+        permissions: "rw".into(),
+    };
+    let part = |sub_path: &str, at: &str| Mount {
+        container_path: at.into(),
+        image: Some(client::image(OWNED)),
+        image_sub_path: sub_path.into(),
+        readonly: true,
+        ..Mount::default()
+    };
+    let of_pod = |mode: NamespaceMode, target: &str| {
+        let target = target.to_owned();
+        move |c: &mut ContainerConfig| {
+            let options = security(c).namespace_options.get_or_insert_default();
+            (options.pid, options.target_id) = (mode as i32, target.clone());
+        }
+    };
+    let kinds: Vec<(&str, &str, Change<'_>, &str)> = vec![
+        ("plain", "echo x > /dev/null && head -c 2 /dev/zero | wc -c", Box::new(|_| {}), "2\n"),
+        ("terminal", "tty; stat -c %g $(tty)", Box::new(|c| c.tty = true), "/dev/pts/0\n5\n"),
+        (
+            "somebody",
+            "touch /tmp/x && stat -c %u:%g /tmp/x",
+            Box::new(|c| {
+                security(c).run_as_user = Some(Int64Value { value: 1000 });
+                security(c).run_as_group = Some(Int64Value { value: 2000 });
+            }),
+            "1000:2000\n",
+        ),
+        (
+            "frozen",
+            "touch /x 2>/dev/null || echo frozen; touch /dev/shm/x && echo shm",
+            Box::new(|c| {
+                security(c).readonly_rootfs = true;
+            }),
+            "frozen\nshm\n",
+        ),
+        (
+            "device",
+            "echo x 2>/dev/null > /dev/brim || echo full",
+            Box::new(|c| c.devices = vec![device.clone()]),
+            "full\n",
+        ),
+        (
+            "masked",
+            "wc -c < /proc/version; ls /proc/fs | wc -l; echo 1 2>/dev/null > /proc/sys/kernel/panic || echo no",
+            Box::new(|c| {
+                security(c).masked_paths = vec!["/proc/version".into(), "/proc/fs".into()];
+                security(c).readonly_paths = vec!["/proc/sys".into()];
+            }),
+            "0\n0\nno\n",
+        ),
+        (
+            "filtered",
+            "sed -n 's/^Seccomp:.//p' /proc/self/status",
+            Box::new(|c| {
+                security(c).seccomp = Some(SecurityProfile::default());
+            }),
+            "2\n",
+        ),
+        (
+            "parts",
+            "stat -c %u:%g /dir/user /one",
+            Box::new(|c| {
+                c.mounts = vec![part("files", "/dir"), part("files/user", "/one")];
+            }),
+            "1000:2000\n1000:2000\n",
+        ),
+        (
+            "privileged",
+            "mkdir /m && mount -t tmpfs none /m && [ -w /sys ] && ls /dev/kmsg",
+            Box::new(|c| {
+                security(c).privileged = true;
+            }),
+            "/dev/kmsg\n",
+        ),
+        (
+            "together",
+            "[ $$ = 1 ] || echo not the first",
+            Box::new(of_pod(NamespaceMode::Pod, "")),
+            "not the first\n",
+        ),
+        (
+            "alone",
+            "ps -o args | grep -c '^sleep 1000.9375'",
+            Box::new(of_pod(NamespaceMode::Container, "")),
+            "0\n",
+        ),
+        (
+            "debugger",
+            "ps -o args | grep -c '^sleep 1000.9375'",
+            Box::new(of_pod(NamespaceMode::Target, &target)),
+            "1\n",
+        ),
+    ];
+    let mut wrong = Vec::new();
+    for (name, script, change, says) in kinds {
+        let mut config = inside(name, OWNED, script);
+        change(&mut config);
+        match pod.output(&config).await {
+            Ok((_, said)) if said == says => {}
+            Ok((code, said)) => wrong.push(format!("{name} ended with {code} and said {said:?}")),
+            Err(error) => wrong.push(format!("{name}: {error:#}")),
+        }
+    }
+    ensure!(wrong.is_empty(), "{wrong:#?}");
+    // A terminal for a command that is executed later belongs to its user too.
+    assert_eq!(bed.client.sh(&target, "id -u; touch /made && stat -c %u /made").await?, "0\n0");
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_user_namespace_goes_with_the_hosts_other_namespaces() -> Result<()> {
     let bed = Bed::new().await?;
     let status = bed.client.runtime_status().await?;
