@@ -5,6 +5,7 @@ use std::{io, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use cri_api::v1;
+use rustix::pipe::fcntl_setpipe_size;
 use streaming::{Limits, Reader, Server, Size, Streams, Wanted, Writer};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -22,8 +23,11 @@ use crate::{
     shim::{self, Shim},
 };
 
-/// How much is read at once; the size of a pipe.
-const CHUNK: usize = 64 << 10;
+/// How much is read at once: little, until there is more.
+const CHUNK: usize = 8 << 10;
+const MOST_CHUNK: usize = 256 << 10;
+/// Size of the pipe of a process that prints faster than is read, or is fed.
+pub const PIPE: usize = 1 << 20;
 /// So long after the end of a process that nothing more comes, its output has ended: a child that it left behind may
 /// hold the pipe for ever.
 const QUIET: Duration = Duration::from_secs(1);
@@ -136,14 +140,20 @@ pub async fn output(
             () = quiet(&over) => break,
         };
         let Ok(count @ 1..) = read else { break };
-        let Some(client) = &mut to else { continue };
-        let bytes = chunk.get(..count).unwrap_or_default();
-        let written = tokio::select! {
-            written = client.write_all(bytes) => written.is_ok(),
-            () = left.cancelled() => false,
-        };
-        if !written {
-            to = None;
+        if let Some(client) = &mut to {
+            let bytes = chunk.get(..count).unwrap_or_default();
+            let written = tokio::select! {
+                written = client.write_all(bytes) => written.is_ok(),
+                () = left.cancelled() => false,
+            };
+            if !written {
+                to = None;
+            }
+        }
+        if count == chunk.len() && count < MOST_CHUNK {
+            chunk.resize(2 * count, 0);
+            // A smaller pipe works as well.
+            let _ = fcntl_setpipe_size(&*from, PIPE);
         }
     }
     if let Some(mut client) = to {
@@ -161,9 +171,9 @@ pub async fn input(from: Option<Reader>, to: Option<pipe::Sender>, left: Cancell
     let Some(mut from) = from else { return };
     let copy = async {
         match to {
-            Some(mut to) => drop(tokio::io::copy(&mut from, &mut to).await),
+            Some(mut to) => drop(streaming::copy(&mut from, &mut to).await),
             // There is nobody to read it.
-            None => drop(tokio::io::copy(&mut from, &mut tokio::io::sink()).await),
+            None => drop(streaming::copy(&mut from, &mut tokio::io::sink()).await),
         }
     };
     tokio::select! {

@@ -2,20 +2,20 @@
 //! WebSocket tunnel) clients open pairs as they need them; over the old WebSocket protocol the ports are in the query
 //! and there is one connection for each.
 
-use std::{collections::HashMap, io, sync::Arc, time::Duration};
+use std::{collections::HashMap, io, pin::pin, sync::Arc, time::Duration};
 
 use futures_util::{SinkExt, StreamExt};
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt},
     sync::mpsc,
     task::JoinSet,
-    time::{Instant, timeout_at},
+    time::{Instant, timeout, timeout_at},
 };
 use tokio_tungstenite::WebSocketStream;
 use tokio_util::sync::PollSender;
 
 use crate::{
-    Backend, Reader,
+    Backend, Reader, copy,
     negotiate::Channels,
     spdy::{Connection, Stream},
     websocket::{self, ChannelWriter},
@@ -95,8 +95,8 @@ async fn pair(mut data: Stream, mut error: Stream, pod: &str, port: u16, backend
     match backend.connect(pod, port).await {
         Ok((mut from, mut to)) => {
             let (mut input, mut output) = tokio::io::split(&mut data);
-            let up = copy(&mut input, &mut to);
-            let down = copy(&mut from, &mut output);
+            let up = one_way(&mut input, &mut to);
+            let down = one_way(&mut from, &mut output);
             let (up, down) = tokio::join!(up, down);
             if let Some(failed) = up.err().or(down.err()) {
                 tracing::debug!(pod, port, error = %failed, "forwarded connection ended");
@@ -111,10 +111,10 @@ async fn pair(mut data: Stream, mut error: Stream, pod: &str, port: u16, backend
 }
 
 /// Copies one direction and passes its half-close on.
-async fn copy(from: &mut (impl AsyncRead + Unpin), to: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
-    let copied = tokio::io::copy(from, to).await;
+async fn one_way(from: &mut (impl AsyncRead + Unpin), to: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
+    let copied = copy(from, to).await;
     let _ = to.shutdown().await;
-    copied.map(drop)
+    copied
 }
 
 /// Serves the old WebSocket protocol: channel 2n is the data of the n-th port, 2n + 1 its errors; the first message
@@ -154,7 +154,7 @@ pub(crate) async fn serve_websocket<Io, B>(
         }
         let _ = sink.send(websocket::close()).await;
     };
-    let reading = async move {
+    let mut reading = pin!(async move {
         while let Some(Ok(message)) = source.next().await {
             if message.is_close() {
                 break;
@@ -173,11 +173,13 @@ pub(crate) async fn serve_websocket<Io, B>(
                 }
             }
         }
-    };
+    });
     tokio::select! {
-        () = reading => {}
+        () = &mut reading => return,
         _ = async { tokio::join!(writing, futures_util::future::join_all(ends)) } => {}
     }
+    // Until the client has closed as well, so that no reset destroys what it has yet to read.
+    let _ = timeout(websocket::GOODBYE, reading).await;
 }
 
 async fn forwarded(
@@ -190,8 +192,8 @@ async fn forwarded(
 ) {
     match backend.connect(pod, port).await {
         Ok((mut from, mut to)) => {
-            let up = copy(&mut input, &mut to);
-            let down = copy(&mut from, &mut data);
+            let up = one_way(&mut input, &mut to);
+            let down = one_way(&mut from, &mut data);
             // The client has no way to half-close: the connection is over when the pod's end is.
             tokio::select! {
                 _ = down => {}

@@ -8,6 +8,7 @@
 //! ```
 //! A slow or stuck client is bounded in memory and holds up nobody but itself.
 
+mod copy;
 mod forward;
 mod idle;
 mod negotiate;
@@ -25,6 +26,7 @@ use tokio::{
     sync::mpsc,
 };
 
+pub use copy::copy;
 pub use server::Server;
 pub use token::Full;
 

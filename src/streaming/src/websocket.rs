@@ -46,7 +46,7 @@ const WAITING: usize = 8;
 /// Sizes that may wait.
 const SIZES: usize = 16;
 /// How long the end may take when the client does not answer.
-const GOODBYE: Duration = Duration::from_secs(5);
+pub(crate) const GOODBYE: Duration = Duration::from_secs(5);
 
 const CLOSE_SIGNAL: u8 = 255;
 

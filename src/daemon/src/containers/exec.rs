@@ -226,7 +226,11 @@ impl Feed {
         let opened = rustix::fs::open(&path, flags, Mode::empty()).map_err(std::io::Error::from);
         let opened = opened.and_then(|held| Ok((pipe::OpenOptions::new().open_sender(&path)?, held)));
         match opened {
-            Ok((end, held)) => Ok(Feed { path, end: Some(end), _held: held }),
+            Ok((end, held)) => {
+                // A smaller pipe works as well.
+                let _ = rustix::pipe::fcntl_setpipe_size(&end, streams::PIPE);
+                Ok(Feed { path, end: Some(end), _held: held })
+            }
             Err(e) => {
                 let _ = std::fs::remove_file(&path);
                 Err(Fault::io("open FIFO", path)(e))

@@ -38,8 +38,10 @@ pub const MOST_STREAMS: usize = 4096;
 pub const MOST_ANSWERS: usize = 8192;
 /// Chunks of output that may wait for the peer.
 const WAITING: usize = 8;
-/// How long the goodbye may take when the peer does not read.
+/// How long the goodbye may take when the peer does not read, and how long its own end is waited for afterwards.
 const GOODBYE: Duration = Duration::from_secs(5);
+/// How much is read at once.
+const READ: usize = 128 << 10;
 
 /// Status of a reset: we have no more use for the stream.
 const CANCEL: u32 = 5;
@@ -148,19 +150,25 @@ impl Connection {
     }
 
     /// Sends what streams have given, says goodbye and closes. Bounded, whatever the peer does.
+    ///
+    /// What the peer still sends is read until it closes as well: closing a socket with unread bytes makes the kernel
+    /// send a reset, and that destroys what the peer has not read yet (RFC 1122, section 4.2.2.13).
     pub async fn close(self) {
-        let Connection { shared, opened, output, mut writer, reader } = self;
+        let Connection { shared, opened, output, mut writer, mut reader } = self;
         drop(opened);
         let goodbye = async {
             if output.send(Output::Close).await.is_ok() {
                 let _ = (&mut writer).await;
             }
         };
-        if timeout(GOODBYE, goodbye).await.is_err() {
-            writer.abort();
-        }
-        reader.abort();
+        let said = timeout(GOODBYE, goodbye).await.is_ok();
         shared.end();
+        if !said {
+            writer.abort();
+            reader.abort();
+        } else if timeout(GOODBYE, &mut reader).await.is_err() {
+            reader.abort();
+        }
     }
 }
 
@@ -237,7 +245,7 @@ impl Reading {
                     }
                 }
             }
-            buffer.reserve(32 << 10);
+            buffer.reserve(READ);
             match input.read_buf(&mut buffer).await {
                 Ok(0) | Err(_) => break,
                 Ok(_) => self.shared.state().active = Instant::now(),
@@ -247,6 +255,9 @@ impl Reading {
             }
         }
         self.shared.end();
+        drop(self);
+        let mut rest = vec![0; frame::MOST_SENT];
+        while let Ok(1..) = input.read(&mut rest).await {}
     }
 
     async fn take(&mut self, frame: Frame) -> Result<(), Violation> {
@@ -624,6 +635,25 @@ mod tests {
         assert_eq!(got.len(), 2 * MOST_BUFFERED / frame::MOST_SENT * frame::MOST_SENT);
         assert_eq!(shared.state().buffered, 0);
         flood.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_a_peer_sends_after_the_goodbye_is_read_until_it_closes() {
+        let (mut peer, mut connection) = Peer::new(64);
+        peer.open(1);
+        peer.send().await;
+        let mut stream = connection.accept().await.unwrap();
+        assert!(matches!(peer.next().await, Some(Frame::SynReply { .. })));
+        stream.write_all(b"last").await.unwrap();
+        drop(stream);
+        let closing = tokio::spawn(connection.close());
+        while peer.next().await.unwrap() != Frame::GoAway {}
+        // More than fits in between: it is taken, whatever it is.
+        peer.io.write_all(&[0; 1000]).await.unwrap();
+        assert!(!closing.is_finished());
+        assert_eq!(peer.next().await, None);
+        drop(peer);
+        closing.await.unwrap();
     }
 
     #[tokio::test]

@@ -12,7 +12,7 @@ use super::Violation;
 pub const MOST_CONTROL: usize = 32 << 10;
 
 /// The longest payload that we send in one data frame.
-pub const MOST_SENT: usize = 32 << 10;
+pub const MOST_SENT: usize = 64 << 10;
 
 const VERSION: u16 = 3;
 const FIN: u8 = 1;
