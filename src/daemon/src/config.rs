@@ -248,6 +248,17 @@ pub struct Stream {
     pub stream_server_port: u16,
     /// A connection on which nothing moves for so long is closed.
     pub stream_idle_timeout: Span,
+    /// Needs both files of the pair.
+    pub enable_tls_streaming: bool,
+    pub x509_key_pair_streaming: KeyPair,
+}
+
+/// The certificate of a server, with those that signed it, and its key; both PEM.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct KeyPair {
+    pub tls_cert_file: PathBuf,
+    pub tls_key_file: PathBuf,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -407,6 +418,8 @@ impl Default for Stream {
             stream_server_address: IpAddr::V4(Ipv4Addr::LOCALHOST),
             stream_server_port: 0,
             stream_idle_timeout: Span::secs(4 * 3600),
+            enable_tls_streaming: false,
+            x509_key_pair_streaming: KeyPair::default(),
         }
     }
 }
@@ -579,6 +592,13 @@ impl Config {
             if size < 1 << 20 {
                 return wrong(format!("grpc.{name}: {size} is less than 1 MiB"));
             }
+        }
+        let pair = &self.stream.x509_key_pair_streaming;
+        let named = [&pair.tls_cert_file, &pair.tls_key_file].iter().all(|path| path.is_absolute());
+        if self.stream.enable_tls_streaming && !named {
+            return wrong(
+                "stream.enable_tls_streaming: x509_key_pair_streaming names no two absolute paths".into(),
+            );
         }
         if self.logs.max_container_log_line_size < 64 {
             return wrong("logs.max_container_log_line_size: less than 64 bytes".into());

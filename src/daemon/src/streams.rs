@@ -46,10 +46,14 @@ pub type Streaming = Server<Backend>;
 /// Binds the server's address; the future serves.
 pub async fn open(daemon: Arc<Daemon>) -> anyhow::Result<(Streaming, impl Future<Output = ()> + Send)> {
     let keys = daemon.config().stream.clone();
+    let pair = &keys.x509_key_pair_streaming;
+    let tls =
+        keys.enable_tls_streaming.then(|| streaming::tls::load(&pair.tls_cert_file, &pair.tls_key_file));
+    let tls = tls.transpose().context("TLS for streaming")?;
     let address = (keys.stream_server_address, keys.stream_server_port).into();
     let limits = Limits { idle: keys.stream_idle_timeout.0, ..Limits::default() };
     let backend = Arc::new(Backend(daemon));
-    let opened = Server::bind(address, None, limits, backend).await;
+    let opened = Server::bind(address, tls, limits, backend).await;
     opened.with_context(|| format!("listen for streaming on {address}"))
 }
 

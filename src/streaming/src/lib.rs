@@ -16,6 +16,7 @@ mod remote;
 mod server;
 pub mod spdy;
 mod status;
+pub mod tls;
 mod token;
 mod websocket;
 
