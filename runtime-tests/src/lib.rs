@@ -1,6 +1,6 @@
 //! Fixtures for tests of the real daemon, the real shim and the real kernel, driven through the CRI socket and by
 //! signals, never from inside. Reading order: where things are (`place`, `setup`, `build`), what runs (`daemon`,
-//! `containerd`, `registry`, `image`), what drives it (`client`, `crictl`, `critest`, `kubelet`), what is measured
+//! `containerd`, `registry`, `image`), what drives it (`client`, `crictl`, `critest`, `kubelet`, `streams`), what is measured
 //! (`traces`, `bench`), and what puts it all together (`demo`, `suite`).
 
 pub mod place;
@@ -21,6 +21,7 @@ pub mod crictl;
 pub mod critest;
 pub mod kubelet;
 pub mod oci;
+pub mod streams;
 
 pub mod bench;
 pub mod traces;

@@ -16,7 +16,7 @@ struct Arguments {
 enum Command {
     /// Install what is missing and build the upstream programs.
     Setup {
-        /// Only this Go module: cri-tools, peers or kubelet.
+        /// Only this Go module: cri-tools, streaming, peers or kubelet.
         module: Option<String>,
     },
     /// Build crispd and its shim as they are shipped.

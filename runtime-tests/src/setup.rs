@@ -54,7 +54,7 @@ struct Tool {
 
 const PLAIN: Tool = Tool { output: "", package: "", test: false, cgo: false, tags: "", variables: "" };
 
-/// A Go module of ours under `runtime-tests/go`, and the programs that come from its dependencies.
+/// A Go module of ours under `runtime-tests/go`, and the programs that come from its dependencies or itself.
 struct Module {
     name: &'static str,
     tools: &'static [Tool],
@@ -81,6 +81,7 @@ const MODULES: &[Module] = &[
             },
         ],
     },
+    Module { name: "streaming", tools: &[Tool { output: "bin/streams", package: ".", ..PLAIN }] },
     Module {
         name: "peers",
         tools: &[
@@ -189,7 +190,7 @@ pub fn everything() -> Result<()> {
     Ok(())
 }
 
-/// Everything of one Go module: `cri-tools`, `peers` or `kubelet`.
+/// Everything of one Go module: `cri-tools`, `streaming`, `peers` or `kubelet`.
 pub fn go_module(name: &str) -> Result<()> {
     match MODULES.iter().find(|m| m.name == name) {
         Some(module) => go(module),
@@ -315,12 +316,25 @@ fn go(module: &Module) -> Result<()> {
     std::fs::write(&mark, key).with_context(|| format!("write {}", mark.display()))
 }
 
-/// Changes when anything that decides about the result does: module versions, flags, the toolchain.
+/// The Go files of a package.
+fn sources(package: &Path) -> Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(package)?.collect::<Result<Vec<_>, _>>()?;
+    let mut files: Vec<PathBuf> = entries.into_iter().map(|entry| entry.path()).collect();
+    files.retain(|path| path.extension().is_some_and(|extension| extension == "go"));
+    files.sort();
+    Ok(files)
+}
+
+/// Changes when anything that decides about the result does: module versions, our sources, flags, the toolchain.
 fn key(module: &Module, source: &Path) -> Result<String> {
     let mut hash = Sha256::new();
     for file in ["go.mod", "go.sum"] {
         let path = source.join(file);
         hash.update(std::fs::read(&path).with_context(|| format!("read {}", path.display()))?);
+    }
+    let ours = module.tools.iter().any(|tool| tool.package.starts_with('.'));
+    for file in if ours { sources(source)? } else { Vec::new() } {
+        hash.update(std::fs::read(&file).with_context(|| format!("read {}", file.display()))?);
     }
     for tool in module.tools {
         hash.update(format!(
