@@ -161,6 +161,7 @@ fn counted(args: &[&str]) -> Result<Counts> {
         for line in BufReader::new(out).lines() {
             let line = line?;
             println!("{line}");
+            counts.skipped += usize::from(line.starts_with("skipped: "));
             if let Some(some) = result_line(&line) {
                 counts.passed += some.passed;
                 counts.failed += some.failed;

@@ -6,6 +6,7 @@ use cri_api::v1::*;
 use runtime_tests::bed::Bed;
 use runtime_tests::client::{container, mount, refused_with, security};
 use runtime_tests::image::catalog;
+use runtime_tests::run::skipped;
 use serde_json::Value;
 use tonic::Code;
 
@@ -71,7 +72,7 @@ async fn an_apparmor_profile_is_applied_or_refused_and_never_forgotten() -> Resu
         assert_eq!(code, 0, "{name}");
     }
     if !apparmor() {
-        println!("skipped: profiles that are applied: this host has no AppArmor");
+        skipped("AppArmor profiles that are applied", "this host has no AppArmor");
         return Ok(());
     }
     let (_, label) = pod.output(&profile("free", ProfileType::Unconfined, "")).await?;
@@ -105,7 +106,7 @@ async fn selinux_labels_are_applied_or_have_no_meaning() -> Result<()> {
     );
     match selinux() {
         true => ensure!(label.contains("container_t:s0:c1,c2"), "{label}"),
-        false => println!("skipped: labels that are applied: this host has no SELinux"),
+        false => skipped("SELinux labels that are applied", "this host has no SELinux"),
     }
     Ok(())
 }

@@ -9,6 +9,7 @@ use cri_api::v1::*;
 use runtime_tests::bed::{Bed, Pod, wait_log};
 use runtime_tests::client::{container, resources};
 use runtime_tests::image::catalog;
+use runtime_tests::run::skipped;
 use runtime_tests::traces::cgroup_with;
 
 /// A container that works, holds memory, has written, and has a limit for everything.
@@ -87,7 +88,7 @@ async fn every_metric_has_values_with_the_labels_that_it_promises() -> Result<()
     for (name, values) in &all {
         if values.is_empty() {
             ensure!(absent(name, &id), "{name} has no value");
-            println!("skipped: {name}: there is nothing to tell here");
+            skipped(name, "there is nothing to tell here");
             continue;
         }
         let of_network = name.starts_with("container_network");
@@ -199,7 +200,7 @@ async fn pressure_is_reported_where_the_kernel_measures_it() -> Result<()> {
         (stats.cpu.and_then(|c| c.psi), stats.memory.and_then(|m| m.psi), stats.io.and_then(|i| i.psi));
     for (file, found) in [("cpu.pressure", cpu), ("memory.pressure", memory), ("io.pressure", io)] {
         let Some(at) = cgroup_with(&id, file) else {
-            println!("skipped: {file}: the kernel gives none for cgroups here");
+            skipped(file, "the kernel gives none for cgroups here");
             ensure!(found.is_none(), "{file} was made up");
             continue;
         };
@@ -252,7 +253,7 @@ async fn swap_is_reported_as_usage_and_what_is_left() -> Result<()> {
         let id = pod.start_with(&limited(name, memory, both)).await?;
         let swap = bed.client.stats(&id).await?.swap.context("no swap")?;
         if accounted(&id).is_none() {
-            println!("skipped: the kernel does not account for swap here");
+            skipped("swap", "the kernel does not account for it here");
             continue;
         }
         assert_eq!(swap.swap_usage_bytes.map(|v| v.value), Some(0), "{name}");

@@ -5,6 +5,7 @@ use cri_api::v1::*;
 use runtime_tests::bed::{Bed, process};
 use runtime_tests::client::{self, container, refused_with, resources};
 use runtime_tests::image::catalog;
+use runtime_tests::run::skipped;
 use runtime_tests::traces::{cgroup_file, cgroup_with};
 use serde_json::Value;
 use tonic::Code;
@@ -41,7 +42,7 @@ async fn memory_and_swap_change_in_every_direction() -> Result<()> {
     let id = pod.start_with(&config).await?;
     let swap = memory(&id)?.1.is_some();
     if !swap {
-        println!("skipped: the kernel does not account for swap here");
+        skipped("limits of swap", "the kernel does not account for it here");
     }
     // What is asked for; what the kernel has then, both together; what the status says of swap.
     for (asked, memory_now, both, told) in [
@@ -150,7 +151,7 @@ async fn huge_pages_are_limited_where_they_are_accounted_for() -> Result<()> {
         }
         // The kubelet fills in 0 for every size of the node: only a wish for pages must not be passed over.
         Err(_) => {
-            println!("skipped: limits of huge pages: this host has no hugetlb controller");
+            skipped("limits of huge pages", "this host has no hugetlb controller");
             bed.client.update(&id, pages(0)).await?;
             refused_with(bed.client.update(&id, pages(4 << 20)).await, Code::InvalidArgument, "2MB")?;
         }
