@@ -383,6 +383,16 @@ async fn user_namespaces_that_cannot_be_are_refused() -> Result<()> {
         let reply = bed.client.create(&pod.id, &config, &pod.config).await;
         refused_with(reply, Code::InvalidArgument, "namespace").context(what)?;
     }
+    // Nor that it can be somebody who is not in it.
+    for (user, group, more) in [(LENGTH, 0, 0), (0, LENGTH, 0), (0, 0, LENGTH)] {
+        let mut config = inside("c", catalog::SMALL, "true");
+        let context = security(&mut config);
+        context.run_as_user = Some(Int64Value { value: user.into() });
+        context.run_as_group = Some(Int64Value { value: group.into() });
+        context.supplemental_groups = vec![more.into()];
+        let reply = bed.client.create(&mapped.id, &config, &mapped.config).await;
+        refused_with(reply, Code::InvalidArgument, &format!("{LENGTH} is not mapped"))?;
+    }
     // So with volumes.
     for (what, uids, gids) in [
         ("no gids", one.to_vec(), vec![]),

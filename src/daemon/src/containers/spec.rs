@@ -127,6 +127,8 @@ pub enum Error {
     UserName(String),
     #[error("user {0:?} is not in the image's /etc/passwd")]
     UnknownUser(String),
+    #[error("{0} {1} is not mapped in the user namespace of the pod")]
+    NotMapped(&'static str, u32),
     #[error("supplemental groups policy {0} is not known")]
     GroupsPolicy(i32),
     #[error("group {0:?} is not in the image's /etc/group")]
@@ -246,6 +248,7 @@ pub fn make(request: &Request<'_>) -> Result<Made, Error> {
     let names: Vec<String> = config.cdi_devices.iter().map(|device| device.name.clone()).collect();
     let cdi = cdi::edits(&names, &settings.cdi.cdi_spec_dirs)?;
     user.join(&cdi.groups);
+    check_mapped(&user, pod)?;
     let env = process::env(
         &image.env,
         &settings.defaults.default_env,
@@ -453,6 +456,22 @@ fn namespaces(pod: &Pod, options: &v1::NamespaceOption) -> Result<(Joins, Vec<&'
         }
     }
     Ok((joins, list))
+}
+
+/// Refuses ids that the pod's user namespace does not have, of which the kernel would say only that something is
+/// invalid.
+fn check_mapped(user: &user::User, pod: &Pod) -> Result<(), Error> {
+    let Some((uids, gids)) = pod.user_namespace() else { return Ok(()) };
+    let outside =
+        |map: &v1::IdMapping, id: u32| id.checked_sub(map.container_id).is_none_or(|at| at >= map.length);
+    if outside(&uids, user.uid) {
+        return Err(Error::NotMapped("user", user.uid));
+    }
+    // The primary group is among them.
+    match user.groups.iter().find(|group| outside(&gids, **group)) {
+        Some(group) => Err(Error::NotMapped("group", *group)),
+        None => Ok(()),
+    }
 }
 
 fn capabilities(
