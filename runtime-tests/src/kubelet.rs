@@ -32,6 +32,11 @@ const PATIENCE: Duration = Duration::from_secs(120);
 impl Kubelet {
     /// Starts a kubelet on a socket; returns when it is healthy.
     pub fn start(socket: &Path) -> Result<Kubelet> {
+        Kubelet::start_with(socket, "")
+    }
+
+    /// The same with feature gates, written as `Name: true, Other: false`.
+    pub fn start_with(socket: &Path, gates: &str) -> Result<Kubelet> {
         let dir = place::scratch("ck-")?;
         let at = dir.path().display();
         let group = dir.path().file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
@@ -51,7 +56,8 @@ impl Kubelet {
              healthzPort: 0\nfailSwapOn: false\nfailCgroupV1: false\ncgroupRoot: /{group}\n\
              volumePluginDir: {at}/plugins\nmakeIPTablesUtilChains: false\nfileCheckFrequency: 1s\n\
              syncFrequency: 5s\nimageGCHighThresholdPercent: 100\nenforceNodeAllocatable: []\n\
-             evictionHard: {{memory.available: 50Mi, nodefs.available: 1%, imagefs.available: 1%}}\n",
+             evictionHard: {{memory.available: 50Mi, nodefs.available: 1%, imagefs.available: 1%}}\n\
+             featureGates: {{{gates}}}\n",
             socket.display()
         );
         std::fs::write(dir.path().join("kubelet.yaml"), config)?;
@@ -132,7 +138,9 @@ impl Kubelet {
     /// The end of the log, for a message.
     pub fn tail(&self) -> String {
         let text = std::fs::read_to_string(self.dir.path().join("kubelet.log")).unwrap_or_default();
-        let lines: Vec<&str> = text.lines().collect();
+        // What it says of its node all day would fill the end of any log.
+        let of_node = |line: &str| line.contains("Recording event message for node");
+        let lines: Vec<&str> = text.lines().filter(|line| !of_node(line)).collect();
         format!("end of the kubelet's log:\n{}", lines[lines.len().saturating_sub(30)..].join("\n"))
     }
 
@@ -223,6 +231,75 @@ pub fn scenario(socket: &Path) -> Result<Vec<String>> {
     Ok(seen)
 }
 
+/// One static pod that asks for what runtimes have learnt of late: a user namespace, a volume that is an image, a stop
+/// signal, groups that are not merged. The kubelet takes all figures from the runtime. (Recursive read-only mounts take a
+/// RuntimeClass, of which a kubelet alone knows nothing.)
+pub fn modern(socket: &Path) -> Result<Vec<String>> {
+    let mut seen = Vec::new();
+    let kubelet =
+        Kubelet::start_with(socket, "PodAndContainerStatsFromCRI: true, ContainerStopSignals: true")?;
+    kubelet.apply("modern", &modern_manifest())?;
+    let pod = kubelet.ready("modern-node1", |_| true)?;
+    let status = &pod["status"]["containerStatuses"][0];
+    let uid = pod["metadata"]["annotations"]["kubernetes.io/config.hash"].as_str().unwrap_or_default();
+    let log = kubelet.dir().join(format!("logs/default_modern-node1_{uid}/main/0.log"));
+    let said = run::until("the container has looked around", Duration::from_secs(30), || {
+        let text = crate::bed::said(&log)?;
+        Ok(text.contains("done").then_some(text))
+    })?;
+    let lines: Vec<&str> = said.lines().collect();
+    let expected =
+        ["0", "0 4321", "mapped", "first", "third", "Read-only file system", "1", "written", "done"];
+    ensure!(
+        lines.len() == expected.len() && lines.iter().zip(expected).all(|(line, part)| line.contains(part)),
+        "the container saw {lines:#?}"
+    );
+    seen.push("the pod has users of its own, and its emptyDir is id-mapped".to_owned());
+    seen.push("an image is a volume, and a part of it too".to_owned());
+    ensure!(status["user"]["linux"]["supplementalGroups"] == serde_json::json!([0, 4321]), "{status}");
+    ensure!(status["stopSignal"] == "SIGUSR1", "{status}");
+    seen.push("groups and stop signal are in the status of the pod".to_owned());
+
+    let figures = run::until("metrics of the container", PATIENCE, || {
+        let text = kubelet.get("/metrics/cadvisor")?;
+        Ok(text.contains("pod=\"modern-node1\"").then_some(text))
+    })
+    .with_context(|| kubelet.tail())?;
+    for name in
+        ["container_cpu_usage_seconds_total", "container_memory_working_set_bytes", "container_threads"]
+    {
+        let mut lines = figures.lines().filter(|line| line.starts_with(name));
+        let found = lines.any(|l| l.contains("container=\"main\"") && l.contains("pod=\"modern-node1\""));
+        ensure!(found, "{name} of the container is not among the kubelet's metrics");
+    }
+    let network = figures.lines().find(|l| l.starts_with("container_network_receive_bytes_total"));
+    ensure!(network.is_some_and(|l| l.contains("pod=\"modern-node1\"")), "no metrics of the pod's network");
+    let summary: Value = serde_json::from_str(&run::until("a summary with the pod", PATIENCE, || {
+        Ok(kubelet.get("/stats/summary").ok().filter(|text| text.contains("\"modern-node1\"")))
+    })?)?;
+    let of_pod =
+        summary["pods"].as_array().into_iter().flatten().find(|p| p["podRef"]["name"] == "modern-node1");
+    let of_pod = of_pod.context("no such pod in the summary")?;
+    for part in [
+        "/network/rxBytes",
+        "/memory/workingSetBytes",
+        "/cpu/usageCoreNanoSeconds",
+        "/containers/0/rootfs/usedBytes",
+    ] {
+        ensure!(of_pod.pointer(part).is_some_and(Value::is_u64), "{part} is not in {of_pod}");
+    }
+    seen.push("metrics and summary of the kubelet come from the runtime".to_owned());
+
+    kubelet.withdraw("modern")?;
+    run::until("the pod is gone", PATIENCE, || {
+        let gone = kubelet.pod("modern-node1")?.is_none() && kubelet.cgroups(uid).is_empty();
+        Ok((gone && !log.parent().is_some_and(Path::exists)).then_some(()))
+    })
+    .with_context(|| kubelet.tail())?;
+    seen.push("and the pod is gone".to_owned());
+    Ok(seen)
+}
+
 /// The host's process id of a command that only the scenario runs.
 fn container_process(command: &str) -> Result<u32> {
     traces::all_processes()
@@ -259,6 +336,46 @@ spec:
     readinessProbe: {{exec: {{command: [test, -s, /scratch/greeting]}}, periodSeconds: 1}}
 "#,
         settings = settings.display(),
+        image = catalog::SMALL,
+    )
+}
+
+fn modern_manifest() -> String {
+    format!(
+        r#"apiVersion: v1
+kind: Pod
+metadata: {{name: modern, namespace: default}}
+spec:
+  os: {{name: linux}}
+  hostUsers: false
+  terminationGracePeriodSeconds: 5
+  securityContext: {{runAsUser: 0, supplementalGroups: [4321], supplementalGroupsPolicy: Strict}}
+  volumes:
+  - {{name: data, image: {{reference: "{data}", pullPolicy: IfNotPresent}}}}
+  - {{name: scratch, emptyDir: {{}}}}
+  containers:
+  - name: main
+    image: {image}
+    imagePullPolicy: IfNotPresent
+    lifecycle: {{stopSignal: SIGUSR1}}
+    command:
+    - sh
+    - -c
+    - |
+      trap 'exit 0' USR1
+      id -u; id -G
+      [ $(tr -s ' ' < /proc/self/uid_map | cut -d ' ' -f 3) != 0 ] && echo mapped
+      cat /data/w/kept /part; touch /frozen/x 2>&1
+      touch /scratch/new && ls /frozen | wc -l; stat -c %u /scratch/new | grep -q '^0$' && echo written
+      echo done
+      while :; do sleep 0.1; done
+    volumeMounts:
+    - {{name: data, mountPath: /data}}
+    - {{name: data, mountPath: /part, subPath: w/replaced}}
+    - {{name: scratch, mountPath: /scratch}}
+    - {{name: scratch, mountPath: /frozen, readOnly: true}}
+"#,
+        data = catalog::WHITEOUTS,
         image = catalog::SMALL,
     )
 }
