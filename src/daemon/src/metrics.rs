@@ -109,33 +109,33 @@ macro_rules! metrics {
 
 const METRICS: &[Metric] = metrics! {
     "container_cpu_usage_seconds_total" "CPU time used, in seconds." COUNTER ["cpu"]
-        |s| vec![(vec!["total".into()], s.usage.cpu.total / NANOSECONDS)];
+        |s| vec![(vec!["total".into()], s.usage.cpu / NANOSECONDS)];
     "container_cpu_user_seconds_total" "CPU time used in user mode, in seconds." COUNTER []
-        |s| one(s.usage.cpu.user / NANOSECONDS);
+        |s| one(s.extra.cpu.user / NANOSECONDS);
     "container_cpu_system_seconds_total" "CPU time used in the kernel, in seconds." COUNTER []
-        |s| one(s.usage.cpu.system / NANOSECONDS);
+        |s| one(s.extra.cpu.system / NANOSECONDS);
     "container_cpu_cfs_periods_total" "Periods of the CPU quota that have passed." COUNTER []
-        |s| one(s.usage.cpu.periods);
+        |s| one(s.extra.cpu.periods);
     "container_cpu_cfs_throttled_periods_total" "Periods in which the quota was used up." COUNTER []
-        |s| one(s.usage.cpu.throttled_periods);
+        |s| one(s.extra.cpu.throttled_periods);
     "container_cpu_cfs_throttled_seconds_total" "Time spent waiting for quota, in seconds." COUNTER []
-        |s| one(s.usage.cpu.throttled / NANOSECONDS);
+        |s| one(s.extra.cpu.throttled / NANOSECONDS);
     "container_memory_usage_bytes" "Memory in use, with page cache." GAUGE [] |s| one(s.usage.memory.usage);
     "container_memory_working_set_bytes" "Memory in use that could not be dropped at once." GAUGE []
         |s| one(s.usage.memory.usage.saturating_sub(s.usage.memory.inactive_file));
     "container_memory_rss" "Anonymous memory in use." GAUGE [] |s| one(s.usage.memory.rss);
     "container_memory_cache" "Page cache in use." GAUGE [] |s| one(s.usage.memory.cache);
     "container_memory_mapped_file" "Files mapped into memory, in bytes." GAUGE [] |s| one(s.usage.memory.mapped_file);
-    "container_memory_kernel_usage" "Kernel memory in use, in bytes." GAUGE [] |s| one(s.usage.memory.kernel);
+    "container_memory_kernel_usage" "Kernel memory in use, in bytes." GAUGE [] |s| one(s.extra.kernel_memory);
     "container_memory_swap" "Swap in use, in bytes." GAUGE [] |s| one(s.usage.memory.swap);
-    "container_memory_max_usage_bytes" "Most memory ever in use." GAUGE [] |s| one(s.usage.memory.max_usage);
-    "container_memory_failcnt" "How often the memory limit was hit." COUNTER [] |s| one(s.usage.memory.failures);
+    "container_memory_max_usage_bytes" "Most memory ever in use." GAUGE [] |s| one(s.extra.max_memory);
+    "container_memory_failcnt" "How often the memory limit was hit." COUNTER [] |s| one(s.extra.memory_failures);
     "container_memory_failures_total" "Page faults, by kind." COUNTER ["failure_type" "scope"]
         |s| {
             let fault = |kind: &str, value| (vec![kind.to_owned(), "hierarchy".to_owned()], value);
             vec![fault("pgfault", s.usage.memory.page_faults), fault("pgmajfault", s.usage.memory.major_page_faults)]
         };
-    "container_oom_events_total" "Processes that the OOM killer took." COUNTER [] |s| one(s.usage.memory.oom_kills);
+    "container_oom_events_total" "Processes that the OOM killer took." COUNTER [] |s| one(s.extra.oom_kills);
     "container_processes" "Processes." GAUGE [] |s| one(s.extra.processes);
     "container_threads" "Threads." GAUGE [] |s| one(s.inside.threads);
     "container_threads_max" "Threads allowed; 0 means any number." GAUGE [] |s| one(s.extra.threads_max.unwrap_or(0));

@@ -4,6 +4,7 @@
 
 use std::{
     collections::HashMap,
+    num::NonZero,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -28,6 +29,10 @@ const LAYER_AGE: Duration = Duration::from_secs(10);
 
 /// CPU use per second is worked out over at least this long.
 const CPU_WINDOW: Duration = Duration::from_secs(1);
+
+/// Threads that read for one answer, and the cgroups that are worth another one.
+const MOST_READERS: usize = 4;
+const LEAST_SHARE: usize = 8;
 
 /// What is kept between two answers.
 pub struct Sampler {
@@ -175,7 +180,7 @@ async fn of_container(daemon: &Arc<Daemon>, container: &Container, usage: &Usage
             labels: container.config.labels.clone(),
             annotations: container.config.annotations.clone(),
         }),
-        cpu: Some(cpu(at, usage, daemon.sampler.cores(&container.id, usage.cpu.total))),
+        cpu: Some(cpu(at, usage, daemon.sampler.cores(&container.id, usage.cpu))),
         memory: Some(memory(at, usage)),
         writable_layer: daemon.sampler.layer(daemon, &container.id).await,
         swap: Some(swap(at, usage)),
@@ -205,7 +210,7 @@ async fn of_pod(daemon: &Arc<Daemon>, pod: Arc<Pod>) -> Result<v1::PodSandboxSta
             annotations: pod.config.annotations.clone(),
         }),
         linux: Some(v1::LinuxPodSandboxStats {
-            cpu: Some(cpu(at, &usage, Some(daemon.sampler.cores(&pod.id, usage.cpu.total).unwrap_or(0)))),
+            cpu: Some(cpu(at, &usage, Some(daemon.sampler.cores(&pod.id, usage.cpu).unwrap_or(0)))),
             memory: Some(memory(at, &usage)),
             network: network(&pod, &running).await,
             process: Some(v1::ProcessUsage { timestamp: at, process_count: number(processes) }),
@@ -236,8 +241,17 @@ async fn processes(daemon: &Arc<Daemon>, running: &[Arc<Container>]) -> Result<u
         .await
 }
 
+/// Usage of each cgroup, in order. Many are read on several threads.
 async fn read(daemon: &Arc<Daemon>, cgroups: Vec<String>) -> Result<Vec<Usage>> {
-    blocking(daemon, move |hierarchies| cgroups.iter().map(|at| hierarchies.usage(at)).collect()).await
+    let threads = std::thread::available_parallelism().map_or(1, NonZero::get).min(MOST_READERS);
+    let share = cgroups.len().div_ceil(threads).max(LEAST_SHARE);
+    let readers = cgroups.chunks(share).map(|share| {
+        let share = share.to_vec();
+        blocking(daemon, move |hierarchies| {
+            share.iter().map(|at| hierarchies.usage(at)).collect::<Vec<Usage>>()
+        })
+    });
+    Ok(futures_util::future::try_join_all(readers).await?.concat())
 }
 
 /// Reads of cgroupfs take microseconds each, but there are hundreds for one list: not on a thread that serves.
@@ -257,7 +271,7 @@ fn forget_the_gone(daemon: &Daemon) {
 fn cpu(timestamp: i64, usage: &Usage, cores: Option<u64>) -> v1::CpuUsage {
     v1::CpuUsage {
         timestamp,
-        usage_core_nano_seconds: number(usage.cpu.total),
+        usage_core_nano_seconds: number(usage.cpu),
         usage_nano_cores: cores.map(|value| v1::UInt64Value { value }),
         psi: usage.pressure.cpu.map(psi),
     }

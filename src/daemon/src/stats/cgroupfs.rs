@@ -17,29 +17,20 @@ pub struct Hierarchies {
     v1: BTreeMap<String, PathBuf>,
 }
 
-/// What a cgroup and everything below it used. Bytes and nanoseconds.
+/// What a cgroup and everything below it used, as far as each answer needs it: each file that is read counts, times
+/// the containers of a node. Bytes and nanoseconds.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Usage {
-    pub cpu: Cpu,
+    /// CPU time.
+    pub cpu: u64,
     pub memory: Memory,
     /// Absent when the kernel gives no pressure figures.
     pub pressure: Pressure,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Cpu {
-    pub total: u64,
-    pub user: u64,
-    pub system: u64,
-    pub periods: u64,
-    pub throttled_periods: u64,
-    pub throttled: u64,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Memory {
     pub usage: u64,
-    pub max_usage: u64,
     /// None when there is no limit.
     pub limit: Option<u64>,
     /// Pages that could be dropped at once; usage less these is the working set.
@@ -47,13 +38,10 @@ pub struct Memory {
     pub rss: u64,
     pub cache: u64,
     pub mapped_file: u64,
-    pub kernel: u64,
     pub page_faults: u64,
     pub major_page_faults: u64,
     pub swap: u64,
     pub swap_limit: Option<u64>,
-    pub failures: u64,
-    pub oom_kills: u64,
 }
 
 /// The three pressure files.
@@ -104,10 +92,26 @@ pub struct Huge {
 /// Figures that only the metrics want.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Extra {
+    pub cpu: Cpu,
+    pub kernel_memory: u64,
+    pub max_memory: u64,
+    /// How often the memory limit was hit.
+    pub memory_failures: u64,
+    pub oom_kills: u64,
     pub devices: Vec<Device>,
     pub huge: Vec<Huge>,
     pub processes: u64,
     pub threads_max: Option<u64>,
+}
+
+/// How the CPU time was used, and how often it was not to be had.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Cpu {
+    pub user: u64,
+    pub system: u64,
+    pub periods: u64,
+    pub throttled_periods: u64,
+    pub throttled: u64,
 }
 
 /// The kernel writes "no limit" on v1 as the largest page multiple; anything near it means the same.
@@ -159,16 +163,17 @@ impl Hierarchies {
     pub fn extra(&self, path: &str) -> Extra {
         if self.v2() {
             let at = self.unified.as_ref().map(|root| below(root, path)).unwrap_or_default();
-            return Extra {
-                devices: io_stat(&text(&at, "io.stat")),
-                huge: huge_v2(&at),
-                processes: self.pids(path).len() as u64,
-                threads_max: limit(&at, "pids.max"),
-            };
+            return Extra { processes: self.pids(path).len() as u64, ..extra_v2(&at) };
         }
         let blkio = self.at("blkio", path);
         let file = |name: &str| blkio.as_ref().map(|at| text(at, name)).unwrap_or_default();
+        let memory = self.at("memory", path).unwrap_or_default();
         Extra {
+            cpu: self.cpu_v1(path),
+            kernel_memory: number(&memory, "memory.kmem.usage_in_bytes"),
+            max_memory: number(&memory, "memory.max_usage_in_bytes"),
+            memory_failures: number(&memory, "memory.failcnt"),
+            oom_kills: figure(&text(&memory, "memory.oom_control"), "oom_kill"),
             devices: blkio_v1(&file("blkio.throttle.io_service_bytes"), &file("blkio.throttle.io_serviced")),
             huge: self.at("hugetlb", path).map(|at| huge_v1(&at)).unwrap_or_default(),
             processes: self.pids(path).len() as u64,
@@ -205,15 +210,7 @@ impl Hierarchies {
     fn usage_v1(&self, path: &str) -> Usage {
         let mut usage = Usage::default();
         if let Some(at) = self.at("cpuacct", path) {
-            usage.cpu.total = number(&at, "cpuacct.usage");
-            usage.cpu.user = number(&at, "cpuacct.usage_user");
-            usage.cpu.system = number(&at, "cpuacct.usage_sys");
-        }
-        if let Some(at) = self.at("cpu", path) {
-            let stat = pairs(&text(&at, "cpu.stat"));
-            usage.cpu.periods = get(&stat, "nr_periods");
-            usage.cpu.throttled_periods = get(&stat, "nr_throttled");
-            usage.cpu.throttled = get(&stat, "throttled_time");
+            usage.cpu = number(&at, "cpuacct.usage");
         }
         if let Some(at) = self.at("memory", path) {
             usage.memory = memory_v1(&at);
@@ -223,64 +220,88 @@ impl Hierarchies {
         }
         usage
     }
-}
 
-fn memory_v1(at: &Path) -> Memory {
-    let stat = pairs(&text(at, "memory.stat"));
-    let usage = number(at, "memory.usage_in_bytes");
-    let memory =
-        Some(get(&stat, "hierarchical_memory_limit")).filter(|limit| (1..V1_UNLIMITED).contains(limit));
-    let both = limit(at, "memory.memsw.limit_in_bytes").filter(|limit| *limit < V1_UNLIMITED);
-    Memory {
-        usage,
-        max_usage: number(at, "memory.max_usage_in_bytes"),
-        limit: memory,
-        inactive_file: get(&stat, "total_inactive_file"),
-        rss: get(&stat, "total_rss"),
-        cache: get(&stat, "total_cache"),
-        mapped_file: get(&stat, "total_mapped_file"),
-        kernel: number(at, "memory.kmem.usage_in_bytes"),
-        page_faults: get(&stat, "total_pgfault"),
-        major_page_faults: get(&stat, "total_pgmajfault"),
-        swap: get(&stat, "total_swap"),
-        // v1 limits memory and swap together.
-        swap_limit: both.zip(memory).map(|(both, memory)| both.saturating_sub(memory)),
-        failures: number(at, "memory.failcnt"),
-        oom_kills: get(&pairs(&text(at, "memory.oom_control")), "oom_kill"),
+    fn cpu_v1(&self, path: &str) -> Cpu {
+        let accounts = self.at("cpuacct", path).unwrap_or_default();
+        let stat = self.at("cpu", path).map(|at| text(&at, "cpu.stat")).unwrap_or_default();
+        Cpu {
+            user: number(&accounts, "cpuacct.usage_user"),
+            system: number(&accounts, "cpuacct.usage_sys"),
+            periods: figure(&stat, "nr_periods"),
+            throttled_periods: figure(&stat, "nr_throttled"),
+            throttled: figure(&stat, "throttled_time"),
+        }
     }
 }
 
+fn memory_v1(at: &Path) -> Memory {
+    let mut memory = Memory { usage: number(at, "memory.usage_in_bytes"), ..Memory::default() };
+    for (name, value) in figures(&text(at, "memory.stat")) {
+        match name {
+            "hierarchical_memory_limit" => {
+                memory.limit = Some(value).filter(|limit| (1..V1_UNLIMITED).contains(limit));
+            }
+            "total_inactive_file" => memory.inactive_file = value,
+            "total_rss" => memory.rss = value,
+            "total_cache" => memory.cache = value,
+            "total_mapped_file" => memory.mapped_file = value,
+            "total_pgfault" => memory.page_faults = value,
+            "total_pgmajfault" => memory.major_page_faults = value,
+            "total_swap" => memory.swap = value,
+            _ => {}
+        }
+    }
+    // v1 limits memory and swap together.
+    memory.swap_limit = memory.limit.and_then(|memory| {
+        let both = limit(at, "memory.memsw.limit_in_bytes").filter(|limit| *limit < V1_UNLIMITED)?;
+        Some(both.saturating_sub(memory))
+    });
+    memory
+}
+
 fn usage_v2(at: &Path) -> Usage {
-    let cpu = pairs(&text(at, "cpu.stat"));
-    let stat = pairs(&text(at, "memory.stat"));
-    let events = pairs(&text(at, "memory.events"));
-    let nanoseconds = |name: &str| get(&cpu, name).saturating_mul(1000);
-    Usage {
+    let mut memory = Memory {
+        usage: number(at, "memory.current"),
+        limit: limit(at, "memory.max"),
+        swap: number(at, "memory.swap.current"),
+        swap_limit: limit(at, "memory.swap.max"),
+        ..Memory::default()
+    };
+    for (name, value) in figures(&text(at, "memory.stat")) {
+        match name {
+            "inactive_file" => memory.inactive_file = value,
+            "anon" => memory.rss = value,
+            "file" => memory.cache = value,
+            "file_mapped" => memory.mapped_file = value,
+            "pgfault" => memory.page_faults = value,
+            "pgmajfault" => memory.major_page_faults = value,
+            _ => {}
+        }
+    }
+    let cpu = figure(&text(at, "cpu.stat"), "usage_usec").saturating_mul(1000);
+    Usage { cpu, memory, pressure: pressure(at) }
+}
+
+fn extra_v2(at: &Path) -> Extra {
+    let cpu = text(at, "cpu.stat");
+    let events = text(at, "memory.events");
+    let nanoseconds = |name: &str| figure(&cpu, name).saturating_mul(1000);
+    Extra {
         cpu: Cpu {
-            total: nanoseconds("usage_usec"),
             user: nanoseconds("user_usec"),
             system: nanoseconds("system_usec"),
-            periods: get(&cpu, "nr_periods"),
-            throttled_periods: get(&cpu, "nr_throttled"),
+            periods: figure(&cpu, "nr_periods"),
+            throttled_periods: figure(&cpu, "nr_throttled"),
             throttled: nanoseconds("throttled_usec"),
         },
-        memory: Memory {
-            usage: number(at, "memory.current"),
-            max_usage: number(at, "memory.peak"),
-            limit: limit(at, "memory.max"),
-            inactive_file: get(&stat, "inactive_file"),
-            rss: get(&stat, "anon"),
-            cache: get(&stat, "file"),
-            mapped_file: get(&stat, "file_mapped"),
-            kernel: get(&stat, "kernel"),
-            page_faults: get(&stat, "pgfault"),
-            major_page_faults: get(&stat, "pgmajfault"),
-            swap: number(at, "memory.swap.current"),
-            swap_limit: limit(at, "memory.swap.max"),
-            failures: get(&events, "max"),
-            oom_kills: get(&events, "oom_kill"),
-        },
-        pressure: pressure(at),
+        kernel_memory: figure(&text(at, "memory.stat"), "kernel"),
+        max_memory: number(at, "memory.peak"),
+        memory_failures: figure(&events, "max"),
+        oom_kills: figure(&events, "oom_kill"),
+        devices: io_stat(&text(at, "io.stat")),
+        huge: huge_v2(at),
+        processes: 0,
+        threads_max: limit(at, "pids.max"),
     }
 }
 
@@ -398,15 +419,16 @@ fn limit(at: &Path, name: &str) -> Option<u64> {
     text(at, name).trim().parse().ok()
 }
 
-fn pairs(text: &str) -> BTreeMap<String, u64> {
+/// Lines of a name and a number.
+fn figures(text: &str) -> impl Iterator<Item = (&str, u64)> {
     text.lines()
         .filter_map(|line| line.split_once(' '))
-        .filter_map(|(k, v)| Some((k.to_owned(), v.trim().parse().ok()?)))
-        .collect()
+        .filter_map(|(name, value)| Some((name, value.trim().parse().ok()?)))
 }
 
-fn get(pairs: &BTreeMap<String, u64>, name: &str) -> u64 {
-    pairs.get(name).copied().unwrap_or_default()
+/// One of them; 0 when it is not there.
+fn figure(text: &str, name: &str) -> u64 {
+    figures(text).find(|(found, _)| *found == name).map(|(_, value)| value).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -468,19 +490,39 @@ mod tests {
         ] {
             fs::write(dir.path().join(name), text).unwrap();
         }
-        let usage = usage_v2(dir.path());
-        assert_eq!((usage.cpu.total, usage.cpu.user), (7000, 5000));
+        let (usage, extra) = (usage_v2(dir.path()), extra_v2(dir.path()));
+        assert_eq!((usage.cpu, extra.cpu.user, extra.cpu.periods), (7000, 5000, 1));
         assert_eq!((usage.memory.usage, usage.memory.limit, usage.memory.inactive_file), (1000, None, 300));
-        assert_eq!((usage.memory.swap_limit, usage.memory.oom_kills), (Some(500), 1));
+        assert_eq!((usage.memory.rss, usage.memory.cache, usage.memory.page_faults), (10, 20, 4));
+        assert_eq!((usage.memory.swap_limit, extra.memory_failures, extra.oom_kills), (Some(500), 3, 1));
         assert_eq!(usage.pressure, Pressure::default());
+    }
+
+    #[test]
+    fn swap_of_a_v1_group_is_what_both_may_have_less_what_memory_may() {
+        let dir = tempfile::tempdir().unwrap();
+        let memory = |limit: &str| {
+            fs::write(
+                dir.path().join("memory.stat"),
+                format!(
+                    "cache 1\nhierarchical_memory_limit {limit}\ntotal_cache 20\ntotal_rss 10\ntotal_swap 3\n"
+                ),
+            )
+            .unwrap();
+            memory_v1(dir.path())
+        };
+        fs::write(dir.path().join("memory.memsw.limit_in_bytes"), "1500\n").unwrap();
+        fs::write(dir.path().join("memory.usage_in_bytes"), "700\n").unwrap();
+        let limited = memory("1000");
+        assert_eq!((limited.usage, limited.cache, limited.rss, limited.swap), (700, 20, 10, 3));
+        assert_eq!((limited.limit, limited.swap_limit), (Some(1000), Some(500)));
+        let free = memory("9223372036854771712");
+        assert_eq!((free.limit, free.swap_limit), (None, None));
     }
 
     #[test]
     fn a_group_that_is_gone_used_nothing() {
         let nowhere = Hierarchies::detect().usage("/no-such-group-of-ours");
-        assert_eq!(
-            (nowhere.cpu, nowhere.memory),
-            (Cpu::default(), Memory { swap_limit: None, ..Memory::default() })
-        );
+        assert_eq!((nowhere.cpu, nowhere.memory), (0, Memory::default()));
     }
 }
