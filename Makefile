@@ -4,7 +4,7 @@ CARGO_TARGET_DIR ?= $(CRISP_CACHE)/target
 export CRISP_CACHE CARGO_TARGET_DIR
 LAB = cargo run --quiet --release --package crisp-runtime-tests --bin lab --
 
-.PHONY: all build demo check test critest kubelet bench setup fmt clean
+.PHONY: all build demo check test critest kubelet bench fuzz setup fmt clean
 
 all: build
 
@@ -15,6 +15,7 @@ test:    ; $(LAB) test
 critest: ; $(LAB) critest $(ARGS)
 kubelet: ; $(LAB) kubelet $(ARGS)
 bench:   ; $(LAB) bench $(ARGS)
+fuzz:    ; $(LAB) fuzz $(ARGS)
 setup:   ; $(LAB) setup
 fmt:     ; cargo fmt --all
 clean:   ; rm -rf "$(CARGO_TARGET_DIR)" "$(CRISP_CACHE)/images" "$(CRISP_CACHE)/registry"

@@ -27,4 +27,5 @@ pub mod bench;
 pub mod traces;
 
 pub mod demo;
+pub mod fuzz;
 pub mod suite;

@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 use runtime_tests::image::catalog;
-use runtime_tests::{bench, build, containerd, critest, daemon, demo, kubelet, registry, setup, suite};
+use runtime_tests::{bench, build, containerd, critest, daemon, demo, fuzz, kubelet, registry, setup, suite};
 
 #[derive(Parser)]
 #[command(name = "lab", about = "Sets up, tests and measures crisp")]
@@ -21,7 +21,7 @@ enum Command {
     },
     /// Build crispd and its shim as they are shipped.
     Build,
-    /// Run what is quick: format, clippy, unit tests, documentation.
+    /// Run what is quick: format, spelling, clippy, unit tests, documentation, dependencies.
     Check,
     /// Run everything; the last line of stdout is the sum.
     Test,
@@ -45,6 +45,14 @@ enum Command {
         /// On containerd in place of crisp.
         #[arg(long)]
         containerd: bool,
+    },
+    /// Fuzz what reads the bytes of strangers.
+    Fuzz {
+        /// For how long each target.
+        #[arg(long, default_value_t = 10)]
+        seconds: u64,
+        /// Only this target.
+        target: Option<String>,
     },
     /// Show crisp at work.
     Demo,
@@ -94,6 +102,7 @@ fn work() -> Result<()> {
             run_critest(&critest::Options { focus, verbose, websocket }, containerd)
         }
         Command::Kubelet { containerd } => run_kubelet(containerd),
+        Command::Fuzz { seconds, target } => fuzz::run(&fuzz::Options { seconds, target }),
         Command::Demo => demo::run(),
         Command::Bench { rounds, pods, pulls, lines, only } => {
             bench::run(&bench::Options { rounds, pods, pulls, lines, only })

@@ -1,4 +1,4 @@
-//! Makes a machine ready: Debian packages, the musl target, the Go programs that crisp is measured with.
+//! Makes a machine ready: Debian packages, the musl target, cargo's helpers, the Go programs that crisp is measured with.
 //! Does nothing that was done before, and says what it does. What it builds from our own sources is `build`'s.
 
 use std::collections::BTreeSet;
@@ -38,6 +38,13 @@ const TO_TEST: &[Wanted] = &[
 /// another build in the place of the host's.
 const TO_UNPACK: &[Wanted] =
     &[("busybox", "busybox"), ("nginx", "nginx"), ("docker-registry", "docker-registry")];
+
+/// Programs that cargo builds from crates.io: name, package and version.
+const CARGO: &[(&str, &str, &str)] = &[
+    ("cargo-deny", "cargo-deny", "0.20.2"),
+    ("cargo-fuzz", "cargo-fuzz", "0.13.2"),
+    ("typos", "typos-cli", "1.52.0"),
+];
 
 const MUSL: &str = "x86_64-unknown-linux-musl";
 
@@ -160,7 +167,7 @@ pub fn for_demo() -> Result<()> {
     musl()
 }
 
-/// Parts of the Rust toolchain that a minimal one lacks.
+/// Parts of the Rust toolchain that a minimal one lacks, and what looks at names, licences and advisories.
 pub fn for_style() -> Result<()> {
     for (probe, component) in [("fmt", "rustfmt"), ("clippy", "clippy")] {
         let there = run::output(Command::new("cargo").args([probe, "--version"]), Duration::from_secs(30))?;
@@ -170,7 +177,36 @@ pub fn for_style() -> Result<()> {
             run::status(add.args(["component", "add", component]), Duration::from_secs(300))?;
         }
     }
+    cargo_program("cargo-deny")?;
+    cargo_program("typos")?;
     Ok(())
+}
+
+/// The C++ compiler that libFuzzer takes, and the program that builds and runs targets.
+pub fn for_fuzzing() -> Result<PathBuf> {
+    packages(&[("c++", "g++")])?;
+    cargo_program("cargo-fuzz")
+}
+
+/// A program of [`CARGO`], built when it is missing. Unoptimised: that takes half of the time, and none of them has
+/// much to do.
+pub fn cargo_program(name: &str) -> Result<PathBuf> {
+    let known = CARGO.iter().find(|(program, ..)| *program == name);
+    let (program, package, version) = known.with_context(|| format!("no program named {name}"))?;
+    let root = place::cache()?.join("cargo");
+    let path = root.join("bin").join(program);
+    let installed = std::fs::read_to_string(root.join(".crates.toml")).unwrap_or_default();
+    if path.is_file() && installed.contains(&format!("\"{package} {version} ")) {
+        return Ok(path);
+    }
+    println!("setup: building {program} with cargo");
+    let mut install = Command::new("nice");
+    install.args(["-n", "5", "cargo", "install", "--quiet", "--locked", "--debug", "--force", "--root"]);
+    install.arg(&root).args([*package, "--version", version]);
+    // In a directory that goes afterwards, and not among what is built of crisp.
+    install.env_remove("CARGO_TARGET_DIR");
+    run::status(&mut install, Duration::from_secs(1800))?;
+    Ok(path)
 }
 
 /// What it takes to run the tests that need no upstream program.

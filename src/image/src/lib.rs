@@ -10,6 +10,8 @@ pub mod config;
 mod digest;
 mod error;
 mod flight;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod images;
 mod layers;
 mod manifest;

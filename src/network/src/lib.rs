@@ -6,6 +6,8 @@ pub mod attachment;
 pub mod bridge;
 pub mod cni;
 mod error;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod netlink;
 pub mod netns;
 mod subnet;

@@ -10,6 +10,8 @@
 
 mod copy;
 mod forward;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod idle;
 mod negotiate;
 mod remote;

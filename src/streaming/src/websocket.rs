@@ -196,6 +196,23 @@ where
     }
 }
 
+/// Reads what a client sent, all of it at once.
+#[cfg(fuzzing)]
+pub(crate) async fn fuzz(choice: u8, bytes: &[u8]) {
+    let version = if choice & 1 == 0 { Version::V5 } else { Version::V1 };
+    let channels = Channels { version, base64: choice & 2 != 0 };
+    let (mut client, server) = tokio::io::duplex(1 << 20);
+    let (output, _messages) = mpsc::channel(WAITING);
+    let wanted = Wanted { tty: true, stdin: true, stdout: true, stderr: false };
+    let (_streams, input) = channels.open(wanted, &output);
+    let (_sink, source) = accept(server).await.split();
+    let sent = client.write_all(bytes).await;
+    drop(client);
+    if sent.is_ok() {
+        read(source, channels, input).await;
+    }
+}
+
 /// Sends what comes through the channel until all its senders are gone.
 async fn write<Io>(mut sink: SplitSink<WebSocketStream<Io>, Message>, mut messages: mpsc::Receiver<Message>)
 where

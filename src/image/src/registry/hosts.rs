@@ -75,7 +75,7 @@ pub(crate) fn is_loopback(host: &str) -> bool {
 }
 
 #[derive(Default)]
-struct Parsed {
+pub(crate) struct Parsed {
     https: bool,
     host: String,
     path: String,
@@ -168,7 +168,7 @@ fn load(directory: &Path) -> Result<Vec<Parsed>> {
     }
 }
 
-fn parse(text: &str, base: &Path) -> Result<Vec<Parsed>, String> {
+pub(crate) fn parse(text: &str, base: &Path) -> Result<Vec<Parsed>, String> {
     let file: File = toml::from_str(text).map_err(|error| error.to_string())?;
     let mut hosts = Vec::new();
     for (server, fields) in file.host {

@@ -5,9 +5,9 @@
 //! Who gets credentials: the servers that the operator named for this registry, and the token servers that they in
 //! turn name, within limits. A redirect to another origin gets none, and its own challenges are not answered (S39).
 
-mod challenge;
+pub(crate) mod challenge;
 mod dial;
-mod hosts;
+pub(crate) mod hosts;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -30,9 +30,14 @@ const NEEDED: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::SETFCAP)
     .union(CapabilitySet::SYS_ADMIN);
 
-/// Makes `directory` the root, and nothing else reachable.
+/// Makes `directory` the root and nothing else reachable, within bounds.
 pub(super) fn to(directory: &Path) -> io::Result<()> {
     limits()?;
+    alone_in(directory)
+}
+
+/// As [`to`], for the calling thread and without its bounds.
+pub(super) fn alone_in(directory: &Path) -> io::Result<()> {
     let spaces = CloneFlags::CLONE_NEWNS
         | CloneFlags::CLONE_NEWNET
         | CloneFlags::CLONE_NEWIPC

@@ -16,6 +16,8 @@ use tokio::{
 mod confine;
 mod decompress;
 mod extract;
+#[cfg(fuzzing)]
+pub(crate) mod fuzz;
 mod helper;
 mod raw;
 

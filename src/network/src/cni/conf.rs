@@ -228,13 +228,13 @@ fn read_json(path: &Path) -> Result<Value, Error> {
     serde_json::from_slice(&text).map_err(|e| bad(e.to_string()))
 }
 
-struct Parsed {
-    list: NetworkList,
+pub(crate) struct Parsed {
+    pub(crate) list: NetworkList,
     /// Whether plugins from the network's own directory are wanted as well.
     inlined: bool,
 }
 
-fn parse(value: Value) -> Result<Parsed, String> {
+pub(crate) fn parse(value: Value) -> Result<Parsed, String> {
     let Value::Object(mut all) = value else { return Err("not a JSON object".into()) };
     let name = match all.get("name") {
         Some(Value::String(name)) if is_name(name) => name.clone(),

@@ -2,7 +2,7 @@
 //! Every call has a deadline, and no lock is held during one.
 
 mod cache;
-mod conf;
+pub(crate) mod conf;
 mod plugin;
 mod result;
 mod template;
