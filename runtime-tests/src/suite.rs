@@ -3,13 +3,13 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
 use crate::daemon::Daemon;
 use crate::image::catalog;
-use crate::{build, critest, oci, place, registry, setup};
+use crate::{build, critest, oci, place, registry, run, setup};
 
 /// Counts of one part or of all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,11 +25,17 @@ pub struct Counts {
 /// What a part gives: its counts, or why it could not be run, which counts as one failure.
 type Part = fn() -> Result<Counts>;
 
-const QUICK: &[(&str, Part)] =
-    &[("format", format), ("clippy", clippy), ("unit tests", unit_tests), ("documentation", documentation)];
+const QUICK: &[(&str, Part)] = &[
+    ("format", format),
+    ("spelling", spelling),
+    ("clippy", clippy),
+    ("unit tests", unit_tests),
+    ("documentation", documentation),
+    ("dependencies", dependencies),
+];
 
 const REST: &[(&str, Part)] = &[
-    ("dependencies", dependencies),
+    ("seccomp oracle", seccomp_oracle),
     ("runtime tests", runtime_tests),
     ("oci validation", oci_part),
     ("critest, streaming by SPDY", || critest_part(false)),
@@ -115,12 +121,31 @@ fn runtime_tests() -> Result<Counts> {
     counted(&["test", "-p", "crisp-runtime-tests", "--no-fail-fast", "--", "--test-threads=2"])
 }
 
+/// Licences, bans and sources; and advisories where their database can be had, which is a repository on GitHub.
 fn dependencies() -> Result<Counts> {
-    if place::program("cargo-deny").is_none() {
-        println!("skipped: cargo-deny is not installed");
-        return Ok(Counts { skipped: 1, ..Counts::default() });
+    let deny = |args: &[&str]| {
+        let mut deny = Command::new(setup::cargo_program("cargo-deny")?);
+        deny.args(args).current_dir(place::repository());
+        run::status(&mut deny, Duration::from_secs(300))
+    };
+    deny(&["check", "licenses", "bans", "sources"])?;
+    if let Err(error) = deny(&["fetch", "db"]) {
+        println!("skipped: advisories: their database cannot be fetched: {error:#}");
+        return Ok(Counts { passed: 1, skipped: 1, ..Counts::default() });
     }
-    whole(&["deny", "--offline", "check", "bans", "licenses", "sources"], &[])
+    deny(&["--offline", "check", "advisories"])?;
+    Ok(Counts { passed: 2, ..Counts::default() })
+}
+
+fn spelling() -> Result<Counts> {
+    let mut typos = Command::new(setup::cargo_program("typos")?);
+    run::status(typos.current_dir(place::repository()), Duration::from_secs(60))?;
+    Ok(Counts { passed: 1, ..Counts::default() })
+}
+
+/// Our seccomp programs beside those of libseccomp, which not every machine has.
+fn seccomp_oracle() -> Result<Counts> {
+    counted(&["test", "-p", "crisp-container", "--lib", "--features", "oracle", "seccomp"])
 }
 
 fn oci_part() -> Result<Counts> {
@@ -147,7 +172,7 @@ fn whole(args: &[&str], env: &[(&str, &str)]) -> Result<Counts> {
     cargo.envs(env.iter().copied()).stdin(Stdio::null());
     let status = cargo.status().context("start cargo")?;
     if !status.success() {
-        bail!("cargo {}: {}", args.join(" "), crate::run::how(status));
+        bail!("cargo {}: {}", args.join(" "), run::how(status));
     }
     Ok(Counts { passed: 1, ..Counts::default() })
 }

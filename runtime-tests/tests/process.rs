@@ -224,7 +224,7 @@ async fn mounts_are_made_as_asked_and_reported() -> Result<()> {
 }
 
 #[tokio::test]
-async fn pid_namespaces_are_private_shared_the_hosts_or_anothers() -> Result<()> {
+async fn pid_namespaces_are_private_shared_the_hosts_or_that_of_another() -> Result<()> {
     let bed = Bed::new().await?;
     let mut config = runtime_tests::client::host_pod("pids");
     namespaces(&mut config, |o| o.pid = NamespaceMode::Pod as i32);
