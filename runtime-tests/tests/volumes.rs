@@ -105,6 +105,37 @@ async fn an_image_is_a_volume_whole_or_in_part_and_only_to_be_read() -> Result<(
 }
 
 #[tokio::test]
+async fn who_may_mount_can_still_not_change_an_image() -> Result<()> {
+    let (bed, _store) = bed().await?;
+    bed.client.pull(DATA).await?;
+    let mut config = client::host_pod("remounting");
+    config.linux.get_or_insert_default().security_context.get_or_insert_default().privileged = true;
+    let map = || vec![IdMapping { host_id: 300_000, container_id: 0, length: 65_536 }];
+    let users = UserNamespace { mode: NamespaceMode::Pod as i32, uids: map(), gids: map() };
+    for own in [None, Some(users)] {
+        let name = if own.is_some() { "own" } else { "host" };
+        config.metadata.get_or_insert_default().name = name.into();
+        client::namespaces(&mut config, |options| options.userns_options = own.clone());
+        let pod = bed.run(config.clone()).await?;
+        let script = "for at in /all /dir /file; do mount -o remount,bind,rw $at; mount -o remount,rw $at; done 2>/dev/null; \
+                      for file in /all/top /dir/file /file; do echo changed > $file; done 2>&1; echo done";
+        let mut inner = with(
+            "c",
+            script,
+            vec![part(DATA, "", "/all"), part(DATA, "data", "/dir"), part(DATA, "data/file", "/file")],
+        );
+        security(&mut inner).privileged = true;
+        security(&mut inner).namespace_options.get_or_insert_default().userns_options = own;
+        let (_, text) = pod.output(&inner).await?;
+        ensure!(text.matches("Read-only file system").count() == 3, "{name}: {text}");
+        let look = with("look", "cat /all/top /all/data/file", vec![part(DATA, "", "/all")]);
+        let plain = bed.host_pod(&format!("after-{name}")).await?;
+        assert_eq!(plain.output(&look).await?.1, "top\nsecond\n", "{name}: the image was changed");
+    }
+    Ok(())
+}
+
+#[tokio::test]
 async fn an_image_that_was_removed_stays_readable_where_it_is_mounted() -> Result<()> {
     let (bed, _store) = bed().await?;
     bed.client.pull(DATA).await?;

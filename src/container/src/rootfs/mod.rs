@@ -194,20 +194,26 @@ impl Plan {
         let null = if self.masked.is_empty() { None } else { Some(mask::null()?) };
         let mut root = self.open_base()?;
 
-        // Shifted layers come last: they cover the places that they are taken from.
+        // What covers places of the host comes last: first those of shifted layers, which overlays are made of, then
+        // those where overlays are attached for a file of them.
         let base = if let Base::Overlay(overlay) = &self.base { Some((overlay, &mut root)) } else { None };
         let volumes = self.entries.iter().zip(&mut trees).filter_map(|(entry, tree)| match &entry.what {
             What::Overlay(overlay) => Some((overlay, tree)),
             _ => None,
         });
-        let shifted: Vec<_> = volumes.chain(base).filter(|(overlay, _)| overlay.idmap).collect();
-        if !shifted.is_empty() {
+        let covering: Vec<_> = volumes.chain(base).filter(|(overlay, _)| overlay.covers()).collect();
+        if !covering.is_empty() {
+            overlay::apart()?;
+        }
+        let shifted = || covering.iter().map(|(overlay, _)| *overlay).filter(|overlay| overlay.idmap);
+        if shifted().next().is_some() {
             let user = self.user.as_ref().ok_or(Errno::INVAL);
             let user = user.at(Step::IdMapMount, "layers: the container has no user namespace")?;
-            overlay::shift(shifted.iter().map(|(overlay, _)| *overlay), user.as_fd())?;
-            for (overlay, tree) in shifted {
-                *tree = Some(overlay.mount()?);
-            }
+            overlay::shift(shifted(), user.as_fd())?;
+        }
+        let wholes: Result<Vec<_>, Failure> = covering.iter().map(|(overlay, _)| overlay.mount()).collect();
+        for ((overlay, tree), whole) in covering.into_iter().zip(wholes?) {
+            *tree = Some(overlay.narrow(whole)?);
         }
         let root = root.ok_or(Errno::NOENT).at(Step::Rootfs, "of the container")?;
         Ok(Sources { root, trees, cgroups, null })
@@ -215,7 +221,7 @@ impl Plan {
 
     fn open_base(&self) -> Result<Option<OwnedFd>, Failure> {
         match &self.base {
-            Base::Overlay(overlay) if overlay.idmap => Ok(None),
+            Base::Overlay(overlay) if overlay.covers() => Ok(None),
             Base::Overlay(overlay) => overlay.mount().map(Some),
             Base::Bind { source, options, idmap } => {
                 let tree = mount::clone(source, true).at(Step::Rootfs, source.display())?;
@@ -243,7 +249,7 @@ impl Plan {
                 None => return Ok(None),
             },
             // Its layers lie where the container cannot look.
-            What::Overlay(overlay) if !overlay.idmap => return overlay.mount().map(Some),
+            What::Overlay(overlay) if !overlay.covers() => return overlay.mount().map(Some),
             _ => return Ok(None),
         };
         if let Some(user) = &entry.idmap {

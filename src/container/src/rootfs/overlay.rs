@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags, openat};
 use rustix::io::Errno;
 
 use super::mount::{self, Context};
@@ -20,7 +21,13 @@ pub(crate) struct Plan {
     options: Options,
     /// Layers are shifted by the container's user namespace.
     pub(crate) idmap: bool,
+    /// Only this file of it is wanted.
+    pub(crate) file: Option<String>,
 }
+
+/// Names a file of the overlay that is to be mounted in place of the whole. What is bound from a layer itself can be
+/// made writable by whoever may mount; what is in an overlay without an upper directory cannot.
+const FILE: &str = "crisp.file";
 
 impl Plan {
     pub(crate) fn new(words: &[String]) -> Result<Plan, Error> {
@@ -35,10 +42,33 @@ impl Plan {
             (None, None) => None,
             _ => return Err(Error::Invalid("an overlay takes both upperdir and workdir, or neither".into())),
         };
+        let file = take(FILE);
+        let plain =
+            |name: &String| !name.is_empty() && !name.contains(['/', '\0']) && name != "." && name != "..";
+        if file.as_ref().is_some_and(|name| !plain(name)) {
+            return Err(Error::Invalid(format!("{FILE} {file:?} is not the name of a file")));
+        }
         if lower.is_empty() || lower.iter().any(String::is_empty) {
             return Err(Error::Invalid("an overlay needs lowerdir".into()));
         }
-        Ok(Plan { lower, upper, options, idmap: wants_idmap(words) })
+        Ok(Plan { lower, upper, options, idmap: wants_idmap(words), file })
+    }
+
+    /// Whether it takes places of the host that are covered, and so a mount namespace apart.
+    pub(crate) fn covers(&self) -> bool {
+        self.idmap || self.file.is_some()
+    }
+
+    /// The one file that is wanted, as a detached mount, or the whole as it is. The overlay is attached for that where
+    /// its topmost layer is: before Linux 6.15 no copy of what is nowhere attached can be made.
+    pub(crate) fn narrow(&self, whole: OwnedFd) -> Result<OwnedFd, Failure> {
+        let (Some(file), Some(layer)) = (&self.file, self.lower.first()) else { return Ok(whole) };
+        let shown = || format!("{layer}/{file}");
+        let place = kernel::open_path(Path::new(layer)).at(Step::Source, layer)?;
+        mount::attach(whole.as_fd(), place.as_fd()).at(Step::Mount, layer)?;
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = openat(&whole, file.as_str(), flags, Mode::empty()).at(Step::Source, shown())?;
+        mount::clone_fd(file.as_fd(), false).at(Step::Source, shown())
     }
 
     /// The detached overlay. Layers that are to be shifted were, by [`shift`].
@@ -112,9 +142,16 @@ impl Plan {
     }
 }
 
+/// A mount namespace in which places of the host can be covered: only this process and its children see it.
+pub(crate) fn apart() -> Result<(), Failure> {
+    kernel::unshare(CLONE_NEWNS).at(Step::Namespace, "mount")?;
+    let host = kernel::open_path(Path::new("/")).at(Step::Rootfs, "/")?;
+    mount_setattr(host.as_fd(), true, MountAttr::propagation(libc::MS_SLAVE))
+        .at(Step::MountAttributes, "the host's mounts")
+}
+
 /// Covers each layer with an id-mapped copy of itself, at its own path, so that overlayfs finds shifted files there.
-/// Only this process and its children see that, in a mount namespace of their own. Upper and work directory must be
-/// one mount, so their parent is covered.
+/// Upper and work directory must be one mount, so their parent is covered.
 pub(crate) fn shift<'a>(
     overlays: impl Iterator<Item = &'a Plan>,
     user: BorrowedFd<'_>,
@@ -123,10 +160,6 @@ pub(crate) fn shift<'a>(
     for overlay in overlays {
         directories.append(&mut overlay.shifted()?);
     }
-    kernel::unshare(CLONE_NEWNS).at(Step::Namespace, "mount")?;
-    let host = kernel::open_path(Path::new("/")).at(Step::Rootfs, "/")?;
-    mount_setattr(host.as_fd(), true, MountAttr::propagation(libc::MS_SLAVE))
-        .at(Step::MountAttributes, "the host's mounts")?;
     // All copies first: a part of a layer, as volumes are, may lie below one that is covered, and a copy of what is
     // mapped cannot be mapped again. Then a directory before what is below it.
     let mut trees = Vec::with_capacity(directories.len());
@@ -201,6 +234,16 @@ mod tests {
         let plan = Plan::new(&words(&["lowerdir=/a", "uidmap=0:1:2", "gidmap=0:1:2", "index=off"])).unwrap();
         assert!(plan.idmap);
         assert_eq!(plan.options.data, [("index".to_owned(), Some("off".to_owned()))]);
+    }
+
+    #[test]
+    fn the_file_that_is_wanted_has_a_plain_name() {
+        let plan = |name: &str| Plan::new(&words(&["lowerdir=/a:/b", &format!("crisp.file={name}")]));
+        assert_eq!(plan("f=g,h").unwrap().file.as_deref(), Some("f=g,h"));
+        assert!(plan("f").unwrap().covers());
+        for bad in ["", ".", "..", "a/b", "/etc/passwd", "a\0b"] {
+            assert!(plan(bad).is_err(), "{bad:?}");
+        }
     }
 
     #[test]

@@ -279,7 +279,14 @@ fn entry(wanted: &Wanted<'_>, empty: &Path) -> Value {
     let mount = wanted.mount;
     let (kind, source, mut options) = match wanted.source {
         Source::Host(path) => ("bind", path.as_path(), vec!["rbind".to_owned()]),
-        Source::File(path) => ("bind", path.as_path(), vec!["bind".to_owned()]),
+        Source::File(path) => {
+            let directory = path.parent().unwrap_or(path).to_owned();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            // A word of the container room's. Bound from the layer, the file could be made writable by the container.
+            let options =
+                vec![format!("lowerdir={}", joined(&[directory], empty)), format!("crisp.file={name}")];
+            ("overlay", Path::new("overlay"), options)
+        }
         Source::Layers(layers) => {
             ("overlay", Path::new("overlay"), vec![format!("lowerdir={}", joined(layers, empty))])
         }
@@ -654,7 +661,10 @@ mod tests {
             ("overlay".into(), json!(["lowerdir=/l/2:/l/1\\:x", "ro"]))
         );
         assert_eq!(text(Source::Layers(vec!["/l/1".into()])).1, json!(["lowerdir=/l/1:/empty", "ro"]));
-        assert_eq!(text(Source::File("/l/1/f".into())), ("bind".into(), json!(["bind", "rprivate", "ro"])));
+        assert_eq!(
+            text(Source::File("/l/1/d/f".into())),
+            ("overlay".into(), json!(["lowerdir=/l/1/d:/empty", "crisp.file=f", "ro"]))
+        );
         let volume = |lower| Source::Volume { upper: "/v/fs".into(), work: "/v/work".into(), lower };
         assert_eq!(text(volume(vec![])).0, "bind");
         assert_eq!(
@@ -677,8 +687,11 @@ mod tests {
         assert_eq!(layers["options"], json!(["lowerdir=/l/1:/empty", "ro", "idmap"]));
         assert!(layers["uidMappings"].is_null());
         let file = shown(Source::File("/l/1/f".into()), map);
-        assert_eq!(file["gidMappings"], json!([{"containerID": 0, "hostID": 2000, "size": 10}]));
-        assert!(shown(Source::File("/l/1/f".into()), None)["uidMappings"].is_null());
+        assert_eq!(file["options"], json!(["lowerdir=/l/1:/empty", "crisp.file=f", "ro", "idmap"]));
+        let volume =
+            |map| shown(Source::Volume { upper: "/v".into(), work: "/w".into(), lower: vec![] }, map);
+        assert_eq!(volume(map)["gidMappings"], json!([{"containerID": 0, "hostID": 2000, "size": 10}]));
+        assert!(volume(None)["uidMappings"].is_null());
     }
 
     #[test]
