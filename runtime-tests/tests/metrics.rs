@@ -206,6 +206,26 @@ async fn counters_grow_and_end_with_their_container() -> Result<()> {
 }
 
 #[tokio::test]
+async fn an_oom_kill_is_counted_while_the_container_lives_on() -> Result<()> {
+    let bed = Bed::new().await?;
+    bed.client.pull(catalog::TOOLS).await?;
+    let pod = bed.host_pod("survivor").await?;
+    let mut config = container("c", catalog::TOOLS, "hog 200; hog 200; echo twice; exec sleep 1000");
+    *resources(&mut config) = LinuxContainerResources {
+        memory_limit_in_bytes: 24 << 20,
+        memory_swap_limit_in_bytes: 24 << 20,
+        ..LinuxContainerResources::default()
+    };
+    let id = pod.start_with(&config).await?;
+    wait_log(&pod.log("c"), "twice")?;
+    let all = metrics(&bed).await?;
+    let value = |name: &str| all[name].first().map_or(0, |(_, value)| *value);
+    assert_eq!(value("container_oom_events_total"), 2);
+    assert_eq!(bed.client.status(&id).await?.state, ContainerState::ContainerRunning as i32);
+    Ok(())
+}
+
+#[tokio::test]
 async fn pressure_is_reported_where_the_kernel_measures_it() -> Result<()> {
     let bed = Bed::new().await?;
     let (pod, id) = busy(&bed).await?;
