@@ -241,12 +241,6 @@ impl Session {
     ) -> Result<(Option<String>, Bytes), Failure> {
         let content_type =
             response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).map(str::to_owned);
-        let length =
-            response.headers().get(http::header::CONTENT_LENGTH).and_then(|value| value.to_str().ok());
-        let announced: u64 = length.and_then(|length| length.parse().ok()).unwrap_or(0);
-        if announced > manifest::MAX_DOCUMENT {
-            return Err(Failure::Final(manifest::too_long(what)));
-        }
         let mut body = response.into_body();
         let mut meter = Meter::new(self.pace);
         let mut bytes = Vec::new();
