@@ -1,11 +1,14 @@
 //! The process is as the specification says, the first one and every exec.
 
+use std::fs;
 use std::os::fd::AsFd;
+use std::os::unix::fs::symlink;
 
 use container::spec::{self, Base64, Capabilities, Process, Rlimit};
 use container::{Error, Stdio};
 
 use crate::lab::{Lab, pipes, read, soon};
+use crate::mounts::mount;
 
 /// One line of `/proc/<pid>/status` as the process itself sees it.
 fn status(text: &str, name: &str) -> String {
@@ -283,7 +286,7 @@ pub(crate) fn s10_only_the_standard_streams_are_open(lab: &Lab) {
     let (running, _created) = first.unwrap();
     let exec = running.spawn(&running.like_init(&["sleep", "1000"]), Stdio::null()).unwrap();
     for pid in [running.pid, exec.pid] {
-        let mut open: Vec<_> = std::fs::read_dir(format!("/proc/{pid}/fd"))
+        let mut open: Vec<_> = fs::read_dir(format!("/proc/{pid}/fd"))
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .collect();
@@ -319,12 +322,25 @@ pub(crate) fn the_process_can_open_its_own_streams_again(lab: &Lab) {
 }
 
 pub(crate) fn s08_streams_that_nobody_gave_are_the_null_device_of_the_host(lab: &Lab) {
-    let (running, _created) = lab.container(&["sleep", "1000"]).start().unwrap();
-    for fd in 0..3 {
-        let stat = rustix::fs::stat(format!("/proc/{}/fd/{fd}", running.pid)).unwrap();
-        let number = (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev));
-        assert_eq!(number, (1, 3));
+    // In the container's /dev, which is a volume, null is a file of the host.
+    let volume = lab.directory();
+    fs::write(volume.join("file"), "untouched").unwrap();
+    symlink("file", volume.join("null")).unwrap();
+    let container = lab.container(&["sleep", "1000"]).process(|process| process.user.uid = 1000);
+    let container = container.with(|spec| {
+        spec.mounts.retain(|mount| !mount.destination.starts_with("/dev"));
+        spec.mounts.push(mount("/dev", "bind", &volume, &["rbind"]));
+    });
+    let (running, _created) = container.start().unwrap();
+    let exec = running.spawn(&running.like_init(&["sleep", "1000"]), Stdio::null()).unwrap();
+    for pid in [running.pid, exec.pid] {
+        for fd in 0..3 {
+            let stat = rustix::fs::stat(format!("/proc/{pid}/fd/{fd}")).unwrap();
+            let number = (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev));
+            assert_eq!(number, (1, 3), "stream {fd}");
+        }
     }
+    assert_eq!(rustix::fs::stat(volume.join("file")).unwrap().st_uid, 0);
 }
 
 pub(crate) fn scheduling_is_as_asked(lab: &Lab) {
