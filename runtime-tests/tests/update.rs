@@ -79,6 +79,28 @@ async fn memory_and_swap_change_in_every_direction() -> Result<()> {
 }
 
 #[tokio::test]
+async fn less_memory_than_is_in_use_is_refused_and_kills_nobody() -> Result<()> {
+    let bed = Bed::new().await?;
+    bed.client.pull(catalog::TOOLS).await?;
+    let pod = bed.host_pod("squeezed").await?;
+    let mut config = container("c", catalog::TOOLS, "exec hog 24");
+    resources(&mut config).memory_limit_in_bytes = 64 * MIB;
+    let id = pod.start_with(&config).await?;
+    runtime_tests::bed::wait_log(&pod.log("c"), "holding 24 MiB")?;
+    let less =
+        LinuxContainerResources { memory_limit_in_bytes: 12 * MIB, ..LinuxContainerResources::default() };
+    client::refused(bed.client.update(&id, less).await)?;
+    assert_eq!(memory(&id)?.0, 64 * MIB);
+    assert_eq!(reported(&bed, &id).await?.memory_limit_in_bytes, 64 * MIB);
+    let enough =
+        LinuxContainerResources { memory_limit_in_bytes: 40 * MIB, ..LinuxContainerResources::default() };
+    bed.client.update(&id, enough).await?;
+    assert_eq!(memory(&id)?.0, 40 * MIB);
+    assert_eq!(bed.client.status(&id).await?.state, ContainerState::ContainerRunning as i32);
+    Ok(())
+}
+
+#[tokio::test]
 async fn processors_and_the_score_change_in_place() -> Result<()> {
     let mut bed = Bed::new().await?;
     let pod = bed.host_pod("processors").await?;

@@ -339,6 +339,38 @@ async fn a_user_namespace_goes_with_the_hosts_other_namespaces() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_pod_with_users_of_its_own_is_on_the_network_like_any_other() -> Result<()> {
+    let mut bed = Bed::new().await?;
+    let before = bed.daemon.traces();
+    let port = runtime_tests::registry::free_port()?;
+    let mut config = client::pod("reachable");
+    namespaces(&mut config, |options| options.userns_options = Some(usual()));
+    config.port_mappings =
+        vec![PortMapping { container_port: 80, host_port: i32::from(port), ..PortMapping::default() }];
+    let pod = bed.run(config).await?;
+    let script = "mkdir /www; echo page > /www/index.html; echo up; exec httpd -f -p 80 -h /www";
+    let id = pod.start_with(&inside("web", catalog::SMALL, script)).await?;
+    runtime_tests::bed::wait_log(&pod.log("web"), "up")?;
+    let ip = bed.client.pod_status(&pod.id).await?.network.context("no network in the status")?.ip;
+    for to in [format!("{ip}:80"), format!("127.0.0.1:{port}")] {
+        let page = runtime_tests::run::until("the page", std::time::Duration::from_secs(5), || {
+            Ok(runtime_tests::http::Request::new("GET", "/").send(to.parse()?).ok())
+        })?;
+        assert_eq!(page.text(), "page\n", "{to}");
+    }
+    // And it reaches others.
+    let other = bed.pod("other").await?;
+    other.start_with(&container("web", catalog::SMALL, script)).await?;
+    runtime_tests::bed::wait_log(&other.log("web"), "up")?;
+    let ip = bed.client.pod_status(&other.id).await?.network.context("no network in the status")?.ip;
+    let fetch = format!("for n in $(seq 50); do wget -qO- http://{ip}/ && exit; sleep 0.1; done; exit 1");
+    assert_eq!(bed.client.sh(&id, &fetch).await?, "page");
+    pod.remove().await?;
+    other.remove().await?;
+    bed.nothing_left(&before)
+}
+
+#[tokio::test]
 async fn user_namespaces_that_cannot_be_are_refused() -> Result<()> {
     use NamespaceMode::{Container, Node, Pod, Target};
     let bed = Bed::new().await?;
