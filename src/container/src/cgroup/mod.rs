@@ -173,7 +173,7 @@ impl Cgroup {
 
     /// Puts the caller, which has one thread, into every hierarchy. Into those of v1 much faster than `add` does: to
     /// move a process the kernel takes `cgroup_threadgroup_rwsem` for writing, which waits for an RCU grace period
-    /// when it was quiet before, 8 to 20 ms; to a thread that moves itself it need not (Linux 5.4).
+    /// when it was quiet before, 8 to 20 ms; to a thread that moves itself it need not (Linux 5.5).
     pub fn enter(&self) -> Result<(), crate::Error> {
         Ok(self.enter_trees(true)?)
     }
