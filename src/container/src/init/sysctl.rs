@@ -33,8 +33,8 @@ impl Sysctl {
     }
 }
 
-/// Parameters of the ipc namespace, besides `fs.mqueue.*`.
-const IPC: [&str; 8] = [
+/// Parameters of the ipc namespace (ipc_namespaces(7)), besides `fs.mqueue.*`.
+const IPC: [&str; 11] = [
     "kernel.msgmax",
     "kernel.msgmnb",
     "kernel.msgmni",
@@ -43,6 +43,9 @@ const IPC: [&str; 8] = [
     "kernel.shmmax",
     "kernel.shmmni",
     "kernel.shm_rmid_forced",
+    "kernel.msg_next_id",
+    "kernel.sem_next_id",
+    "kernel.shm_next_id",
 ];
 
 /// Refuses names that are not of a namespace, or of one that the container shares with the host.
