@@ -48,7 +48,7 @@ use crate::{
     lock,
     log::{Log, Place, Stream},
     pod::{Names, Pod, Shared, end, remove_cgroup},
-    reap::{Ended, has_ended},
+    reap::{self, Ended, has_ended},
     record,
     stream::{self, Copies, Way},
 };
@@ -393,14 +393,7 @@ impl Container {
 
     /// Waits for the end.
     pub(crate) async fn wait(&self) -> Ended {
-        let mut ended = self.ended.subscribe();
-        // The sender is ours, so there is always an answer.
-        ended
-            .wait_for(Option::is_some)
-            .await
-            .ok()
-            .and_then(|ended| *ended)
-            .unwrap_or(Ended { code: 255, at: record::now() })
+        reap::told(&self.ended).await
     }
 
     pub(crate) fn kill(&self, signal: u32, all: bool) -> Result<(), Error> {

@@ -29,7 +29,7 @@ use crate::{
     events::Event,
     lock,
     pod::{Pod, end},
-    reap::Ended,
+    reap::{self, Ended},
     record,
     stream::{self, Copies},
 };
@@ -171,14 +171,7 @@ impl Exec {
     }
 
     pub(crate) async fn wait(&self) -> Ended {
-        let mut ended = self.ended.subscribe();
-        // The sender is ours, so there is always an answer.
-        ended
-            .wait_for(Option::is_some)
-            .await
-            .ok()
-            .and_then(|ended| *ended)
-            .unwrap_or(Ended { code: 255, at: record::now() })
+        reap::told(&self.ended).await
     }
 
     pub(crate) fn kill(&self, signal: u32) -> Result<(), Error> {

@@ -21,7 +21,10 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::{WaitOptions, WaitStatus, wait},
 };
-use tokio::{io::unix::AsyncFd, sync::oneshot};
+use tokio::{
+    io::unix::AsyncFd,
+    sync::{oneshot, watch},
+};
 
 use crate::{lock, record};
 
@@ -131,6 +134,13 @@ impl Reaper {
     fn children(&self) -> MutexGuard<'_, Children> {
         lock(&self.children)
     }
+}
+
+/// Waits for an end to be told. The caller has the one who tells, so there is always an answer.
+pub(crate) async fn told(ended: &watch::Sender<Option<Ended>>) -> Ended {
+    let mut ended = ended.subscribe();
+    let told = ended.wait_for(Option::is_some).await.ok().and_then(|ended| *ended);
+    told.unwrap_or(Ended { code: 255, at: record::now() })
 }
 
 /// Blocks the signals that the reaper takes, and SIGXFSZ, which a log file at its limit would send. Called

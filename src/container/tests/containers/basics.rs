@@ -3,9 +3,9 @@
 use std::time::{Duration, Instant};
 
 use container::error::Reason;
-use container::{Error, Request, Stdio, create, spec};
+use container::{Error, Stdio, spec};
 
-use crate::lab::{Container, Lab, soon, wait};
+use crate::lab::{Lab, soon, wait};
 
 pub(crate) fn a_container_runs_its_program(lab: &Lab) {
     let output = lab.sh("echo out; echo err >&2; exit 7").run().unwrap();
@@ -79,18 +79,7 @@ pub(crate) fn an_exec_in_a_container_that_has_ended_fails(lab: &Lab) {
 }
 
 pub(crate) fn a_container_that_was_not_waited_for_leaves_nothing(lab: &Lab) {
-    let Container { id, bundle, spec, rootfs, join, trees, .. } = lab.container(&["true"]);
-    let request = Request {
-        id: &id,
-        spec: &spec,
-        bundle: &bundle,
-        rootfs,
-        join,
-        trees,
-        stdio: Stdio::null(),
-        cgroups: &lab.host,
-    };
-    let pending = create(request).unwrap();
+    let (pending, _, spec) = lab.container(&["true"]).begin(Stdio::null()).unwrap();
     let cgroup = container::cgroup::Cgroup::open(&lab.host, &spec.linux.cgroups_path).unwrap();
     assert!(cgroup.exists());
     drop(pending);
@@ -114,26 +103,16 @@ pub(crate) fn a_child_that_is_killed_on_its_way_is_told_from_one_that_failed(lab
 }
 
 pub(crate) fn a_child_that_takes_too_long_is_ended(lab: &Lab) {
-    let Container { id, bundle, mut spec, rootfs, join, trees, .. } = lab.container(&["true"]);
     // Stands for a mount source that hangs.
     let hook = spec::Hook {
         path: "/bin/sleep".into(),
         args: vec!["sleep".into(), "1000".into()],
         ..spec::Hook::default()
     };
-    spec.hooks = Some(spec::Hooks { create_container: vec![hook], ..spec::Hooks::default() });
-    let request = Request {
-        id: &id,
-        spec: &spec,
-        bundle: &bundle,
-        rootfs,
-        join,
-        trees,
-        stdio: Stdio::null(),
-        cgroups: &lab.host,
-    };
+    let hooks = spec::Hooks { create_container: vec![hook], ..spec::Hooks::default() };
     let begun = Instant::now();
-    let pending = create(request).unwrap();
+    let container = lab.container(&["true"]).with(|spec| spec.hooks = Some(hooks));
+    let (pending, ..) = container.begin(Stdio::null()).unwrap();
     let error = pending.finish(begun + Duration::from_millis(200)).unwrap_err();
     assert!(matches!(error, Error::Deadline { waiting_for: "ready" }), "{error}");
     assert!(begun.elapsed() < Duration::from_secs(5));

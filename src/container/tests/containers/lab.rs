@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use container::cgroup::{Cgroup, Host};
 use container::spec::{self, Spec};
-use container::{Created, Error, Join, Request, Rootfs, Stdio, create, exec, rootfs};
+use container::{Created, Error, Join, Pending, Request, Rootfs, Stdio, create, exec, rootfs};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{WaitId, WaitIdOptions, waitid};
 
@@ -177,11 +177,18 @@ impl<'a> Container<'a> {
         self.bundle.join("fs")
     }
 
-    pub(crate) fn create(self, stdio: Stdio) -> Result<(Running<'a>, Created), Error> {
-        let Container { lab, id, bundle, spec, rootfs, join, trees, host } = self;
+    /// Clones its first process; also says its id and specification.
+    pub(crate) fn begin(self, stdio: Stdio) -> Result<(Pending, String, Spec), Error> {
+        let Container { id, bundle, spec, rootfs, join, trees, host, .. } = self;
         let request =
             Request { id: &id, spec: &spec, bundle: &bundle, rootfs, join, trees, stdio, cgroups: &host };
-        let created = create(request)?.finish(soon())?;
+        Ok((create(request)?, id, spec))
+    }
+
+    pub(crate) fn create(self, stdio: Stdio) -> Result<(Running<'a>, Created), Error> {
+        let lab = self.lab;
+        let (pending, id, spec) = self.begin(stdio)?;
+        let created = pending.finish(soon())?;
         let pidfd = rustix::io::dup(&created.pidfd).unwrap();
         let running = Running { lab, id, spec, pid: created.pid, pidfd };
         Ok((running, created))

@@ -141,6 +141,20 @@ fn spec(args: &[&str]) -> MessageField<Any> {
     })
 }
 
+/// Adds the exec `e` to the container `a`, and starts it; gives its pid.
+async fn begin(shim: &Shim, exec: ExecProcessRequest) -> u32 {
+    let exec = ExecProcessRequest { id: "a".into(), exec_id: "e".into(), ..exec };
+    shim.task.exec(soon(), &exec).await.unwrap();
+    let start = StartRequest { id: "a".into(), exec_id: "e".into(), ..StartRequest::default() };
+    shim.task.start(soon(), &start).await.unwrap().pid
+}
+
+/// Waits for its end.
+async fn code(shim: &Shim) -> u32 {
+    let wait = WaitRequest { id: "a".into(), exec_id: "e".into(), ..WaitRequest::default() };
+    shim.task.wait(soon(), &wait).await.unwrap().exit_status
+}
+
 #[test]
 fn an_exec_in_steps_reads_its_stdin_to_the_end() {
     run(async {
@@ -150,20 +164,15 @@ fn an_exec_in_steps_reads_its_stdin_to_the_end() {
         let mut out = Fifo::new(&shim, "out", false);
         let text = out.text();
         let exec = ExecProcessRequest {
-            id: "a".into(),
-            exec_id: "e".into(),
             stdin: input.path().into(),
             stdout: out.path().into(),
             spec: spec(&["cat"]),
             ..ExecProcessRequest::default()
         };
-        shim.task.exec(soon(), &exec).await.unwrap();
-        let start = StartRequest { id: "a".into(), exec_id: "e".into(), ..StartRequest::default() };
-        assert!(shim.task.start(soon(), &start).await.unwrap().pid > 1);
+        assert!(begin(&shim, exec).await > 1);
         input.file.as_mut().unwrap().write_all(b"through\n").unwrap();
         input.file = None;
-        let wait = WaitRequest { id: "a".into(), exec_id: "e".into(), ..WaitRequest::default() };
-        assert_eq!(shim.task.wait(soon(), &wait).await.unwrap().exit_status, 0);
+        assert_eq!(code(&shim).await, 0);
         assert_eq!(text.join().unwrap(), "through\n");
         let delete = DeleteRequest { id: "a".into(), exec_id: "e".into(), ..DeleteRequest::default() };
         assert_eq!(shim.task.delete(soon(), &delete).await.unwrap().exit_status, 0);
@@ -181,17 +190,13 @@ fn an_exec_with_a_terminal_is_copied_and_resized() {
         let mut out = Fifo::new(&shim, "out", false);
         let text = out.text();
         let exec = ExecProcessRequest {
-            id: "a".into(),
-            exec_id: "e".into(),
             terminal: true,
             stdin: input.path().into(),
             stdout: out.path().into(),
             spec: spec(&["sh", "-c", "tty; read line; stty size; echo got $line; exit 8"]),
             ..ExecProcessRequest::default()
         };
-        shim.task.exec(soon(), &exec).await.unwrap();
-        let start = StartRequest { id: "a".into(), exec_id: "e".into(), ..StartRequest::default() };
-        shim.task.start(soon(), &start).await.unwrap();
+        begin(&shim, exec).await;
         let resize = ResizePtyRequest {
             id: "a".into(),
             exec_id: "e".into(),
@@ -201,8 +206,7 @@ fn an_exec_with_a_terminal_is_copied_and_resized() {
         };
         shim.task.resize_pty(soon(), &resize).await.unwrap();
         input.file.as_mut().unwrap().write_all(b"word\n").unwrap();
-        let wait = WaitRequest { id: "a".into(), exec_id: "e".into(), ..WaitRequest::default() };
-        assert_eq!(shim.task.wait(soon(), &wait).await.unwrap().exit_status, 8);
+        assert_eq!(code(&shim).await, 8);
         let close =
             CloseIORequest { id: "a".into(), exec_id: "e".into(), stdin: true, ..CloseIORequest::default() };
         shim.task.close_io(soon(), &close).await.unwrap();
@@ -220,19 +224,11 @@ fn an_exec_can_be_killed_by_its_id() {
     run(async {
         let shim = Shim::usual().await;
         shim.sh("a", "sleep 60").await;
-        let exec = ExecProcessRequest {
-            id: "a".into(),
-            exec_id: "e".into(),
-            spec: spec(&["sleep", "60"]),
-            ..ExecProcessRequest::default()
-        };
-        shim.task.exec(soon(), &exec).await.unwrap();
-        let start = StartRequest { id: "a".into(), exec_id: "e".into(), ..StartRequest::default() };
-        shim.task.start(soon(), &start).await.unwrap();
+        let exec = ExecProcessRequest { spec: spec(&["sleep", "60"]), ..ExecProcessRequest::default() };
+        begin(&shim, exec).await;
         let kill = KillRequest { id: "a".into(), exec_id: "e".into(), signal: 9, ..KillRequest::default() };
         shim.task.kill(soon(), &kill).await.unwrap();
-        let wait = WaitRequest { id: "a".into(), exec_id: "e".into(), ..WaitRequest::default() };
-        assert_eq!(shim.task.wait(soon(), &wait).await.unwrap().exit_status, 137);
+        assert_eq!(code(&shim).await, 137);
         // The container itself runs on.
         shim.exec("a", &["true"], "").await.unwrap();
     });
