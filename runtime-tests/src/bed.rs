@@ -185,12 +185,20 @@ pub fn wait_log(log: &Path, part: &str) -> Result<()> {
     })
 }
 
-/// The host's id of the only process whose arguments contain a part.
+/// The host's id of the only process whose arguments contain a part, waiting for it: a shell has the same words, and
+/// while a program is being executed there are none.
 pub fn process(part: &str) -> Result<u32> {
-    let found: Vec<u32> =
-        traces::all_processes().filter(|pid| traces::command_line(*pid).contains(part)).collect();
-    match found.as_slice() {
-        [pid] => Ok(*pid),
-        _ => anyhow::bail!("{} processes have {part:?} among their arguments", found.len()),
-    }
+    run::until(
+        &format!("exactly one process with {part:?} among its arguments"),
+        Duration::from_secs(5),
+        || {
+            let mut found = traces::all_processes().filter(|pid| traces::command_line(*pid).contains(part));
+            Ok(found.next().filter(|_| found.next().is_none()))
+        },
+    )
+}
+
+/// Whether any process has a part among its arguments now.
+pub fn alive(part: &str) -> bool {
+    traces::all_processes().any(|pid| traces::command_line(pid).contains(part))
 }
