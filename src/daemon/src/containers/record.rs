@@ -82,6 +82,8 @@ pub fn read(row: &Row, pod: impl FnOnce(&str) -> Option<Arc<Pod>>) -> Result<Con
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::pods::Place;
 
@@ -124,5 +126,21 @@ mod tests {
     #[test]
     fn a_row_whose_pod_is_unknown_is_refused_with_a_reason() {
         assert!(read(&row(&container()), |_| None).is_err_and(|why| why.contains("pod")));
+    }
+
+    proptest! {
+        #[test]
+        fn a_row_of_any_bytes_is_read_or_refused(
+            config in prop::collection::vec(any::<u8>(), 0..200),
+            at in 0usize..1000,
+            byte in any::<u8>(),
+        ) {
+            let container = container();
+            let mut row = row(&container);
+            let place = at % row.state.len();
+            row.state[place] = byte;
+            let _ = read(&row, |_| Some(container.pod.clone()));
+            let _ = read(&Row { config, ..row }, |_| Some(container.pod.clone()));
+        }
     }
 }

@@ -88,6 +88,8 @@ fn ipc(key: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const ALL: Own = Own { network: true, ipc: true, uts: true, user: true };
@@ -151,5 +153,18 @@ mod tests {
         let asked = HashMap::from([("net.ipv4.ip_unprivileged_port_start".into(), "1024".into())]);
         let got = settings(&Config::default(), &asked, Own { network: true, ..NONE }).unwrap();
         assert_eq!(got["net.ipv4.ip_unprivileged_port_start"], "1024");
+    }
+
+    proptest! {
+        #[test]
+        fn s15_a_key_that_is_taken_is_a_path_of_a_namespace(
+            key in "(net|kernel|fs|user)([.]|[.][.]|/|)(core|sem|mqueue|domainname|[.]|/|\u{0}|)([.]|/|)(a|[.]|)",
+        ) {
+            if check(&key, "1", ALL).is_ok() {
+                let path = key.replace('.', "/");
+                prop_assert!(!path.split('/').any(|part| part.is_empty() || part == ".."), "{}", path);
+                prop_assert!(["net/", "kernel/", "fs/mqueue/"].iter().any(|top| path.starts_with(top)), "{}", path);
+            }
+        }
     }
 }

@@ -201,6 +201,8 @@ fn number(digits: &[u8]) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const PASSWD: &[u8] = b"root:x:0:0:root:/root:/bin/sh\n\
@@ -340,5 +342,29 @@ mod tests {
     fn ten_megabytes_of_groups_are_read_in_good_time() {
         let big = b"g:x:7:default-user\n".repeat(500_000);
         assert_eq!(ids(&Wish { group: &big, ..wish("1000") }).unwrap().2, [7, 1000]);
+    }
+
+    proptest! {
+        #[test]
+        fn s21_no_file_of_an_image_gives_an_id_that_is_none(
+            passwd in "((a|1|0|-1|4294967296):x:(0|1|7|4294967295):(0|7|2147483648):::\n){0,4}",
+            group in "((a|1|0):x:(0|7|4294967295):(a|1|0)?\n){0,4}",
+            image in "(a|1|0|-1|4294967296)(:(a|1|7|4294967296))?",
+        ) {
+            let (passwd, group) = (passwd.as_bytes(), group.as_bytes());
+            if let Ok(user) = resolve(&Wish { image: &image, passwd, group, ..Wish::default() }) {
+                prop_assert!(user.groups.iter().chain([&user.uid]).all(|id| i64::from(*id) <= MAX));
+                prop_assert!(user.groups.contains(&user.gid));
+                // A number is that number, whatever the file says.
+                if let Ok(uid) = image.split(':').next().unwrap_or_default().parse::<u32>() {
+                    prop_assert_eq!(user.uid, uid);
+                }
+            }
+        }
+
+        #[test]
+        fn any_bytes_end_in_an_answer(passwd in prop::collection::vec(any::<u8>(), 0..300), name in "[a-c]{0,2}") {
+            let _ = resolve(&Wish { name: &name, passwd: &passwd, group: &passwd, ..Wish::default() });
+        }
     }
 }
