@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use cri_api::v1;
+use tracing::warn;
 
 use super::record;
 use crate::{daemon::Daemon, error::Result};
@@ -18,6 +19,9 @@ pub async fn update(daemon: &Arc<Daemon>, request: v1::UpdatePodSandboxResources
             state.overhead = request.overhead;
         }
     });
-    daemon.store.put_later(record::row(&pod));
+    // Nothing else remembers it: kept before the answer.
+    if let Err(e) = daemon.store.put(record::row(&pod)).await {
+        warn!(pod = %pod.id, error = %e, "resources of the pod are known until the next start only");
+    }
     Ok(())
 }
