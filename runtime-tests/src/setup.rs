@@ -188,8 +188,8 @@ pub fn for_fuzzing() -> Result<PathBuf> {
     cargo_program("cargo-fuzz")
 }
 
-/// A program of [`CARGO`], built when it is missing. Unoptimised: that takes half of the time, and none of them has
-/// much to do.
+/// A program that cargo builds from crates.io, built when it is missing. Unoptimised: that takes half of the time,
+/// and none of them has much to do.
 pub fn cargo_program(name: &str) -> Result<PathBuf> {
     let known = CARGO.iter().find(|(program, ..)| *program == name);
     let (program, package, version) = known.with_context(|| format!("no program named {name}"))?;
