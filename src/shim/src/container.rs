@@ -501,7 +501,7 @@ impl Container {
         let output = |path: &str| -> Result<Option<OwnedFd>, Error> {
             Ok(stream::open(path, Way::Out, OFlags::NONBLOCK)?.map(|opened| opened.fd))
         };
-        let client = Client { stdout: output(&paths.stdout)?, stderr: output(&paths.stderr)? };
+        let client = Client::new(output(&paths.stdout)?, output(&paths.stderr)?);
         let input = stream::open(&paths.stdin, Way::In, OFlags::NONBLOCK)?;
         let life = self.life();
         let state = life.state();
@@ -515,7 +515,7 @@ impl Container {
         let Some(log) = &life.log else {
             return Err(Error::Invalid(format!("container {} was made with streams of its own", self.id)));
         };
-        if (client.stdout.is_some() || client.stderr.is_some()) && !log.attach(client) {
+        if client.listens() && !log.attach(client) {
             return Err(Error::Invalid(format!("container {} has too many clients", self.id)));
         }
         let to = process.pty.as_ref().or(life.stdin.as_ref());
@@ -640,7 +640,7 @@ impl Container {
             ::log::warn!("container {}: {cause}", self.id);
         }
         if let Some(copies) = copies {
-            copies.finish(DRAIN).await;
+            copies.finish(DRAIN, DRAIN).await;
         }
         if let Some(streams) = streams {
             streams.drain(DRAIN).await;

@@ -34,8 +34,9 @@ use crate::{
     stream::{self, Copies},
 };
 
-/// How long the last words on a terminal are waited for.
+/// How long the last words on a terminal are waited for, and how long a client may take to read them.
 const DRAIN: Duration = Duration::from_secs(1);
+const SLOW: Duration = Duration::from_secs(30);
 /// What is said of a process whose program could not be executed.
 const NOT_STARTED: u32 = 128;
 
@@ -233,7 +234,7 @@ impl Exec {
             (life.copies.take(), life.pid)
         };
         if let Some(copies) = copies {
-            copies.finish(DRAIN).await;
+            copies.finish(DRAIN, SLOW).await;
         }
         {
             let mut life = self.life();

@@ -47,6 +47,8 @@ const PIPE: usize = 256 * 1024;
 const QUIET: Duration = Duration::from_secs(1);
 /// How often a terminal that nobody has open is looked at again.
 const HUNG_UP: Duration = Duration::from_millis(100);
+/// How often a client that is behind is tried again.
+const BREATH: Duration = Duration::from_millis(1);
 /// Room for an unfinished line that is kept.
 const KEEP: usize = 1024;
 /// Bound for reading a pipe empty that somebody else still holds.
@@ -271,6 +273,10 @@ async fn pump(
             }
             Turn::Dry => ready.clear_ready(),
             Turn::More => tokio::task::yield_now().await,
+            Turn::Behind => {
+                drop(ready);
+                catch_up(&clients, lines.stream, &phase).await;
+            }
             Turn::HungUp if *phase.borrow() == Phase::Running => {
                 drop(ready);
                 let _ = time::timeout(HUNG_UP, phase.changed()).await;
@@ -279,8 +285,22 @@ async fn pump(
         }
     }
     // What is in the pipe now; whoever keeps printing into it is not followed any further.
-    turn(&from, &mut lines, &sink, &clients, LAST_READS);
+    // Clients that are behind are lost with the next piece.
+    while matches!(turn(&from, &mut lines, &sink, &clients, LAST_READS), Turn::Behind) {}
     with_buffers(|buffers| buffers.end(&mut lines, &mut lock(&sink)));
+}
+
+/// Waits for clients that are behind; how long, they know.
+async fn catch_up(clients: &Mutex<Clients>, stream: Stream, phase: &watch::Receiver<Phase>) {
+    let mut asked = time::Instant::now();
+    while *phase.borrow() != Phase::Over {
+        time::sleep(BREATH).await;
+        let waited = asked.elapsed();
+        asked += waited;
+        if !lock(clients).retry(stream, waited) {
+            return;
+        }
+    }
 }
 
 enum Turn {
@@ -288,6 +308,8 @@ enum Turn {
     Dry,
     /// There may be more, but it is somebody else's turn.
     More,
+    /// A client could not take all of the last piece.
+    Behind,
     /// A terminal that nobody has open.
     HungUp,
     /// The stream has ended.
@@ -307,8 +329,12 @@ fn turn(
             match rustix::io::read(from.get_ref(), &mut buffers.bytes[..INPUT]) {
                 Ok(0) => return Turn::Over,
                 Ok(count) => {
-                    lock(clients).write(lines.stream, buffers.bytes.get(..count).unwrap_or_default());
+                    let piece = buffers.bytes.get(..count).unwrap_or_default();
+                    let behind = lock(clients).write(lines.stream, piece);
                     buffers.write(count, lines, &mut sink);
+                    if behind {
+                        return Turn::Behind;
+                    }
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Turn::Dry,

@@ -5,6 +5,10 @@
 use std::{
     io,
     os::fd::{AsFd, AsRawFd, OwnedFd},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -88,6 +92,8 @@ pub(crate) fn open(path: &str, way: Way, flags: OFlags) -> Result<Option<Opened>
 pub(crate) struct Copies {
     output: Option<JoinHandle<()>>,
     input: Option<JoinHandle<()>>,
+    /// The output waits for its client.
+    full: Arc<AtomicBool>,
     keepers: Vec<OwnedFd>,
 }
 
@@ -99,21 +105,27 @@ impl Copies {
         if let Some(to) = open(stdout, Way::Out, OFlags::NONBLOCK)? {
             copies.keepers.extend(to.keeper.filter(|_| keep));
             let pty = side(pty).map_err(Error::Copy)?;
-            copies.output = Some(tokio::spawn(copy(pty, watch(to.fd).map_err(Error::Copy)?, Way::Out)));
+            let (to, full) = (watch(to.fd).map_err(Error::Copy)?, copies.full.clone());
+            copies.output = Some(tokio::spawn(copy(pty, to, Way::Out, full)));
         }
         if let Some(from) = open(stdin, Way::In, OFlags::NONBLOCK)? {
             copies.keepers.extend(from.keeper.filter(|_| keep));
             let pty = side(pty).map_err(Error::Copy)?;
-            copies.input = Some(tokio::spawn(copy(watch(from.fd).map_err(Error::Copy)?, pty, Way::In)));
+            let from = watch(from.fd).map_err(Error::Copy)?;
+            copies.input = Some(tokio::spawn(copy(from, pty, Way::In, Arc::default())));
         }
         Ok(copies)
     }
 
-    /// Ends the copies after the process: its last words are delivered, within a bound.
-    pub(crate) async fn finish(mut self, bound: Duration) {
-        if let Some(mut output) = self.output.take() {
-            let _ = time::timeout(bound, &mut output).await;
-            output.abort();
+    /// Ends the copies after the process: its last words are delivered. Whoever still holds the terminal is not
+    /// waited for longer than `quiet`, a client that is slow to read not longer than `slow`.
+    pub(crate) async fn finish(mut self, quiet: Duration, slow: Duration) {
+        let Some(mut output) = self.output.take() else { return };
+        let end = time::Instant::now() + slow;
+        while time::timeout(quiet, &mut output).await.is_err() {
+            if !self.full.load(Ordering::Relaxed) || time::Instant::now() >= end {
+                return output.abort();
+            }
         }
     }
 
@@ -146,10 +158,10 @@ pub(crate) fn nonblocking(fd: impl AsFd) -> io::Result<()> {
 
 /// Copies what comes from a FIFO into a container's stdin, until either ends. Both are non-blocking.
 pub(crate) fn input(from: OwnedFd, to: OwnedFd) -> io::Result<impl Future<Output = ()> + Send> {
-    Ok(copy(watch(from)?, watch(to)?, Way::In))
+    Ok(copy(watch(from)?, watch(to)?, Way::In, Arc::default()))
 }
 
-async fn copy(mut from: AsyncFd<OwnedFd>, mut to: AsyncFd<OwnedFd>, way: Way) {
+async fn copy(mut from: AsyncFd<OwnedFd>, mut to: AsyncFd<OwnedFd>, way: Way, full: Arc<AtomicBool>) {
     let mut buffer = vec![0; CHUNK];
     let mut deaf = false;
     loop {
@@ -166,7 +178,10 @@ async fn copy(mut from: AsyncFd<OwnedFd>, mut to: AsyncFd<OwnedFd>, way: Way) {
             let write = when(&mut to, Interest::WRITABLE, |fd| {
                 rustix::io::retry_on_intr(|| rustix::io::write(fd, rest))
             });
-            match write.await {
+            full.store(true, Ordering::Relaxed);
+            let written = write.await;
+            full.store(false, Ordering::Relaxed);
+            match written {
                 Ok(count) => rest = &rest[count..],
                 // Nobody reads any more. The process may go on talking.
                 Err(_) if way == Way::Out => deaf = true,
