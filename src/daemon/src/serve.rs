@@ -49,9 +49,10 @@ pub async fn run(
     end: impl Future<Output = ()>,
 ) -> Result<()> {
     let keys = daemon.config().grpc.clone();
-    let runtime = RuntimeServiceServer::new(cri::runtime::Runtime { daemon: daemon.clone(), streams })
-        .max_decoding_message_size(keys.max_recv_message_size)
-        .max_encoding_message_size(keys.max_send_message_size);
+    let runtime =
+        RuntimeServiceServer::new(cri::runtime::Runtime { daemon: daemon.clone(), streams: streams.clone() })
+            .max_decoding_message_size(keys.max_recv_message_size)
+            .max_encoding_message_size(keys.max_send_message_size);
     let images = ImageServiceServer::new(cri::image::Images(daemon.clone()))
         .max_decoding_message_size(keys.max_recv_message_size)
         .max_encoding_message_size(keys.max_send_message_size);
@@ -72,7 +73,8 @@ pub async fn run(
     let _ = ended.send(true);
     // Streams of events never end by themselves.
     daemon.events.close();
-    match tokio::time::timeout(DRAIN, server).await {
+    let (drained, ()) = tokio::join!(tokio::time::timeout(DRAIN, server), streams.end());
+    match drained {
         Ok(result) => result.context("serve"),
         Err(_) => {
             warn!(after = ?DRAIN, "calls are still in flight: they are left");

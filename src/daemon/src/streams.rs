@@ -147,8 +147,9 @@ pub async fn output(
         if let Some(client) = &mut to {
             let bytes = chunk.get(..count).unwrap_or_default();
             let written = tokio::select! {
-                written = client.write_all(bytes) => written.is_ok(),
+                biased;
                 () = left.cancelled() => false,
+                written = client.write_all(bytes) => written.is_ok(),
             };
             if !written {
                 to = None;
@@ -170,19 +171,20 @@ async fn quiet(over: &CancellationToken) {
     sleep(QUIET).await;
 }
 
-/// From a client to a process. Closes the FIFO when the client has ended its input or `left`.
-pub async fn input(from: Option<Reader>, to: Option<pipe::Sender>, left: CancellationToken) {
-    let Some(mut from) = from else { return };
+/// From a client to a process. Closes the FIFO when the client has ended its input or `left`. True when the client
+/// ended it.
+pub async fn input(from: Option<Reader>, to: Option<pipe::Sender>, left: CancellationToken) -> bool {
+    let Some(mut from) = from else { return false };
     let copy = async {
         match to {
-            Some(mut to) => drop(streaming::copy(&mut from, &mut to).await),
+            Some(mut to) => streaming::copy(&mut from, &mut to).await.is_ok(),
             // There is nobody to read it.
-            None => drop(streaming::copy(&mut from, &mut tokio::io::sink()).await),
+            None => streaming::copy(&mut from, &mut tokio::io::sink()).await.is_ok(),
         }
     };
     tokio::select! {
-        () = copy => {}
-        () = left.cancelled() => {}
+        ended = copy => ended,
+        () = left.cancelled() => false,
     }
 }
 

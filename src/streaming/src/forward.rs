@@ -35,19 +35,25 @@ struct Half {
     since: Instant,
 }
 
-/// Serves the pairs that a client opens, until it leaves.
+/// Serves the pairs that a client opens, until it leaves or `end` comes.
 pub(crate) async fn serve<B: Backend>(
     mut connection: Connection,
     pod: &str,
     creation: Duration,
     backend: &Arc<B>,
+    end: impl Future<Output = &'static str>,
 ) {
+    let mut end = pin!(end);
     let mut halves: HashMap<String, Half> = HashMap::new();
     let mut running = JoinSet::new();
     loop {
         let oldest = halves.values().map(|half| half.since + creation).min();
         let patience = oldest.unwrap_or_else(|| Instant::now() + Duration::from_secs(24 * 3600));
-        match timeout_at(patience, connection.accept()).await {
+        let opened = tokio::select! {
+            opened = timeout_at(patience, connection.accept()) => opened,
+            _ = &mut end => break,
+        };
+        match opened {
             Ok(None) => break,
             // A stream whose other half never came is dropped, which resets it.
             Err(_) => halves.retain(|_, half| half.since.elapsed() < creation),

@@ -1,7 +1,7 @@
 //! Exec and attach, whatever carries them: a set of streams that the client opened becomes one call of the backend,
 //! and its outcome the last word. Here also the collecting of SPDY streams; WebSocket has its channels from the start.
 
-use std::time::Duration;
+use std::{pin::pin, time::Duration};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -47,20 +47,26 @@ impl Call {
     }
 }
 
-/// Serves one exec or attach over SPDY.
+/// Serves one exec or attach over SPDY. `end` says when it is to end early, and why.
 pub(crate) async fn serve(
     mut connection: Connection,
     call: Call,
     version: Version,
     creation: Duration,
     backend: &impl Backend,
+    end: impl Future<Output = &'static str>,
 ) {
-    let opened = timeout(creation, collect(&mut connection, call.wanted(), version)).await;
+    let mut end = pin!(end);
+    let opened = tokio::select! {
+        opened = timeout(creation, collect(&mut connection, call.wanted(), version)) => opened,
+        _ = &mut end => return connection.close().await,
+    };
     if let Ok(Some(Opened { mut error, streams })) = opened {
         let outcome = tokio::select! {
             outcome = call.run(backend, streams) => outcome,
             // The client left; the backend notices by its streams' ends, or here by being dropped.
             () = gone(&mut connection) => return connection.close().await,
+            why = end => Outcome::Failed(why.into()),
         };
         let word = async {
             error.write_all(&outcome.text(version >= Version::V4)).await?;

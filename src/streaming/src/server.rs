@@ -16,6 +16,7 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     Attach, Backend, Exec, Full, Limits, forward,
@@ -31,6 +32,8 @@ use crate::{
 const MOST_CONNECTIONS: usize = 4096;
 /// Time for TLS and for a request's head.
 const HEAD: Duration = Duration::from_secs(30);
+/// Time for the clients to hear of the end.
+const GOODBYE: Duration = Duration::from_secs(3);
 /// Size of a request's head.
 const MOST_HEAD: usize = 64 << 10;
 
@@ -45,6 +48,8 @@ struct Shared<B> {
     backend: Arc<B>,
     limits: Limits,
     tokens: Tokens<Asked>,
+    ending: CancellationToken,
+    sessions: TaskTracker,
 }
 
 #[derive(Clone, Debug)]
@@ -80,7 +85,13 @@ impl<B: Backend> Server<B> {
     ) -> io::Result<(Server<B>, impl Future<Output = ()> + Send)> {
         let listener = TcpListener::bind(address).await?;
         let address = listener.local_addr()?;
-        let shared = Arc::new(Shared { backend, limits, tokens: Tokens::new(limits.token) });
+        let shared = Arc::new(Shared {
+            backend,
+            limits,
+            tokens: Tokens::new(limits.token),
+            ending: CancellationToken::new(),
+            sessions: TaskTracker::new(),
+        });
         let server = Server { shared: shared.clone(), address, tls: tls.is_some() };
         Ok((server, serve(listener, tls.map(TlsAcceptor::from), shared)))
     }
@@ -98,6 +109,13 @@ impl<B: Backend> Server<B> {
     /// The URL at which a client finds its port-forward. The ports are only of use to the old WebSocket protocol.
     pub fn port_forward(&self, pod: String, ports: Vec<u16>) -> Result<String, Full> {
         self.url(Asked::Forward { pod, ports })
+    }
+
+    /// Tells every client that this is the end and waits until they know, for a bounded time.
+    pub async fn end(&self) {
+        self.shared.ending.cancel();
+        self.shared.sessions.close();
+        let _ = timeout(GOODBYE, self.shared.sessions.wait()).await;
     }
 
     fn url(&self, asked: Asked) -> Result<String, Full> {
@@ -178,7 +196,7 @@ fn answer<B: Backend>(request: Request<Incoming>, shared: &Arc<Shared<B>>) -> Re
     let query = request.uri().query().unwrap_or_default().to_owned();
     let answer = switching(&protocol);
     let shared = shared.clone();
-    tokio::spawn(async move {
+    shared.sessions.clone().spawn(async move {
         match hyper::upgrade::on(request).await {
             Ok(upgraded) => go_on(TokioIo::new(upgraded), asked, protocol, &query, &shared).await,
             Err(error) => tracing::debug!(%error, "upgrade of a streaming connection"),
@@ -194,33 +212,36 @@ where
 {
     let (io, clock) = Watched::new(io);
     let (creation, backend) = (shared.limits.creation, &shared.backend);
-    let session = async {
-        match (asked, protocol) {
-            (Asked::Remote(call), Protocol::Spdy { version, .. }) => {
-                let connection = Connection::serve(io, Bytes::new());
-                remote::serve(connection, call, version, creation, &**backend).await;
-            }
-            (Asked::Remote(call), Protocol::WebSocket { channels, .. }) => {
-                websocket::serve(websocket::accept(io).await, call, channels, &**backend).await;
-            }
-            (Asked::Forward { pod, .. }, Protocol::Spdy { .. }) => {
-                forward::serve(Connection::serve(io, Bytes::new()), &pod, creation, backend).await;
-            }
-            (Asked::Forward { pod, .. }, Protocol::Tunnel { .. }) => {
-                let tunnel = Tunnel::new(websocket::accept(io).await);
-                forward::serve(Connection::serve(tunnel, Bytes::new()), &pod, creation, backend).await;
-            }
-            (Asked::Forward { pod, ports }, Protocol::WebSocket { channels, .. }) => {
-                let ports = if ports.is_empty() { ports_of(query) } else { ports };
-                let socket = websocket::accept(io).await;
-                forward::serve_websocket(socket, channels, &pod, &ports, &**backend).await;
-            }
-            (Asked::Remote(_), Protocol::Tunnel { .. }) => {}
+    let end = async {
+        tokio::select! {
+            () = clock.idle(shared.limits.idle) => "the connection was idle for too long",
+            () = shared.ending.cancelled() => "the runtime is restarting",
         }
     };
-    tokio::select! {
-        () = session => {}
-        () = clock.idle(shared.limits.idle) => tracing::debug!("streaming connection was idle for too long"),
+    match (asked, protocol) {
+        (Asked::Remote(call), Protocol::Spdy { version, .. }) => {
+            let connection = Connection::serve(io, Bytes::new());
+            remote::serve(connection, call, version, creation, &**backend, end).await;
+        }
+        (Asked::Remote(call), Protocol::WebSocket { channels, .. }) => {
+            websocket::serve(websocket::accept(io).await, call, channels, &**backend, end).await;
+        }
+        (Asked::Forward { pod, .. }, Protocol::Spdy { .. }) => {
+            forward::serve(Connection::serve(io, Bytes::new()), &pod, creation, backend, end).await;
+        }
+        (Asked::Forward { pod, .. }, Protocol::Tunnel { .. }) => {
+            let tunnel = Tunnel::new(websocket::accept(io).await);
+            forward::serve(Connection::serve(tunnel, Bytes::new()), &pod, creation, backend, end).await;
+        }
+        (Asked::Forward { pod, ports }, Protocol::WebSocket { channels, .. }) => {
+            let ports = if ports.is_empty() { ports_of(query) } else { ports };
+            let socket = websocket::accept(io).await;
+            tokio::select! {
+                () = forward::serve_websocket(socket, channels, &pod, &ports, &**backend) => {}
+                _ = end => {}
+            }
+        }
+        (Asked::Remote(_), Protocol::Tunnel { .. }) => {}
     }
 }
 

@@ -33,6 +33,7 @@ use crate::{
     Backend, Size, Streams, Wanted, Writer,
     negotiate::{Channels, Version},
     remote::{Call, Sizes},
+    status::Outcome,
 };
 
 /// The longest message that is read. Clients write 32 KiB and the channel.
@@ -66,12 +67,13 @@ pub(crate) async fn accept<Io: AsyncRead + AsyncWrite + Unpin>(io: Io) -> WebSoc
     WebSocketStream::from_raw_socket(io, Role::Server, Some(config)).await
 }
 
-/// Serves one exec or attach.
+/// Serves one exec or attach. `end` says when it is to end early, and why.
 pub(crate) async fn serve<Io>(
     socket: WebSocketStream<Io>,
     call: Call,
     channels: Channels,
     backend: &impl Backend,
+    end: impl Future<Output = &'static str>,
 ) where
     Io: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
@@ -87,6 +89,7 @@ pub(crate) async fn serve<Io>(
     let outcome = tokio::select! {
         outcome = call.run(backend, streams) => Some(outcome),
         () = &mut reading => None,
+        why = end => Some(Outcome::Failed(why.into())),
     };
     if let Some(outcome) = outcome {
         let word = channels.message(channel::ERROR, &outcome.text(channels.version >= Version::V4));

@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used)] // A test: what goes wrong ends it.
 
-use std::{io, net::SocketAddr, sync::Arc};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::{BufMut, BytesMut};
 use futures_util::{SinkExt, StreamExt};
@@ -66,8 +66,12 @@ impl Backend for Shout {
 }
 
 async fn server() -> Server<Shout> {
+    limited(Limits::default()).await
+}
+
+async fn limited(limits: Limits) -> Server<Shout> {
     let address: SocketAddr = "127.0.0.1:0".parse().unwrap();
-    let (server, serving) = Server::bind(address, None, Limits::default(), Arc::new(Shout)).await.unwrap();
+    let (server, serving) = Server::bind(address, None, limits, Arc::new(Shout)).await.unwrap();
     tokio::spawn(serving);
     server
 }
@@ -218,6 +222,81 @@ async fn what_cannot_be_served_is_refused_in_http() {
         assert!(request(&wrong, "GET", SPDY).await.1.starts_with("HTTP/1.1 404"), "{wrong}");
     }
     assert!(request(&url, "GET", SPDY).await.1.starts_with("HTTP/1.1 404"), "a wrong path used the token up");
+}
+
+#[tokio::test]
+async fn a_client_that_comes_too_late_is_not_known() {
+    let server = limited(Limits { token: Duration::ZERO, ..Limits::default() }).await;
+    let url = server.exec(exec("0", false)).unwrap();
+    assert!(request(&url, "POST", SPDY).await.1.starts_with("HTTP/1.1 404"));
+}
+
+const V4: &str =
+    "Connection: Upgrade\r\nUpgrade: SPDY/3.1\r\nX-Stream-Protocol-Version: v4.channel.k8s.io\r\n";
+
+#[tokio::test]
+async fn a_client_that_does_not_open_its_streams_is_sent_away() {
+    let server = limited(Limits { creation: Duration::from_millis(100), ..Limits::default() }).await;
+    let (socket, _) = request(&server.exec(exec("0", false)).unwrap(), "POST", V4).await;
+    let mut peer = Peer::new(socket);
+    peer.open(1, Headers::from([("streamtype", "error")])).await;
+    assert!(peer.rest().await.is_empty());
+}
+
+#[tokio::test]
+async fn a_client_that_breaks_the_protocol_is_sent_away() {
+    let server = server().await;
+    let (mut socket, _) = request(&server.exec(exec("0", false)).unwrap(), "POST", V4).await;
+    // A control frame of SPDY/2.
+    socket.write_all(&[0x80, 2, 0, 1, 0, 0, 0, 4, 0, 0, 0, 1]).await.unwrap();
+    let mut rest = Vec::new();
+    // A reset is an end as well.
+    let _ = socket.read_to_end(&mut rest).await;
+    let mut socket = websocket(&server.exec(exec("0", false)).unwrap(), Some("base64.channel.k8s.io")).await;
+    socket.send(Message::text("0!")).await.unwrap();
+    while let Some(Ok(message)) = socket.next().await {
+        assert!(!message.to_string().contains("Success"), "{message}");
+    }
+    let mut socket = websocket(&server.exec(exec("0", false)).unwrap(), Some("v5.channel.k8s.io")).await;
+    // Channels that nobody asked for are passed over, and their ends as well.
+    for message in [&b"\x09what"[..], b"\x01out", b"\xff\x07", b"\xff", b"\xff\x00"] {
+        socket.send(Message::binary(message.to_vec())).await.unwrap();
+    }
+    let mut said = String::new();
+    while let Some(Ok(message)) = socket.next().await {
+        said += &message.to_string();
+    }
+    assert!(said.contains("Success"), "{said}");
+}
+
+#[tokio::test]
+async fn clients_are_told_of_the_end() {
+    let server = server().await;
+    let mut spdy = Peer::new(request(&server.exec(exec("0", false)).unwrap(), "POST", V4).await.0);
+    for (id, kind) in [(1, "error"), (3, "stdin"), (5, "stdout")] {
+        spdy.open(id, Headers::from([("streamtype", kind)])).await;
+    }
+    // All three are accepted, so the command runs.
+    let mut accepted = 0;
+    while accepted < 3 {
+        match spdy.frames.next(&mut spdy.input).unwrap() {
+            Some(Frame::SynReply { .. }) => accepted += 1,
+            Some(_) => {}
+            None => drop(spdy.io.read_buf(&mut spdy.input).await.unwrap()),
+        }
+    }
+    let mut web = websocket(&server.exec(exec("0", false)).unwrap(), Some("v5.channel.k8s.io")).await;
+    web.next().await.unwrap().unwrap();
+    let told = async {
+        assert!(of(&spdy.rest().await, 1).contains("restarting"));
+        drop(spdy);
+        let mut said = String::new();
+        while let Some(Ok(message)) = web.next().await {
+            said += &message.to_string();
+        }
+        assert!(said.contains("restarting"), "{said}");
+    };
+    tokio::join!(server.end(), told);
 }
 
 async fn websocket(url: &str, protocol: Option<&str>) -> tokio_tungstenite::WebSocketStream<TcpStream> {

@@ -45,11 +45,16 @@ pub async fn stream(daemon: &Arc<Daemon>, request: streaming::Attach, client: St
             std::future::pending::<()>().await;
         }
     });
-    let mut beside = std::pin::pin!(async {
-        tokio::join!(
-            streams::input(stdin, feed.as_mut().and_then(Feed::take), left.clone()),
-            streams::sizes(&shim, &container.id, "", &mut resize),
-        );
+    let tty = request.streams.tty;
+    let mut detached = std::pin::pin!(async {
+        let ended = streams::input(stdin, feed.as_mut().and_then(Feed::take), left.clone()).await;
+        // Keys that detach are the client's business: all that is seen of them is the end of a terminal's input.
+        if !(tty && ended) {
+            std::future::pending::<()>().await;
+        }
+    });
+    let mut sizes = std::pin::pin!(async {
+        streams::sizes(&shim, &container.id, "", &mut resize).await;
         std::future::pending::<()>().await;
     });
     tokio::select! {
@@ -60,8 +65,9 @@ pub async fn stream(daemon: &Arc<Daemon>, request: streaming::Attach, client: St
             }
             return Ok(());
         }
+        () = &mut detached => return Ok(()),
+        () = &mut sizes => {}
         () = &mut outputs => {}
-        () = &mut beside => {}
     }
     // The shim closes them at the end of the container, or when they are not read for too long.
     match timeout(NEWS, container.ended()).await {

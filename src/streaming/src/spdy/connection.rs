@@ -19,10 +19,9 @@ use bytes::{Buf, Bytes, BytesMut};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf, ReadHalf, WriteHalf},
     sync::{Notify, mpsc},
-    task::JoinHandle,
     time::timeout,
 };
-use tokio_util::sync::PollSender;
+use tokio_util::{sync::PollSender, task::AbortOnDropHandle};
 
 use super::{
     Headers, Violation,
@@ -46,13 +45,13 @@ const READ: usize = 128 << 10;
 /// Status of a reset: we have no more use for the stream.
 const CANCEL: u32 = 5;
 
-/// A served connection.
+/// A served connection. Dropping it without a goodbye closes it at once.
 pub struct Connection {
     shared: Arc<Shared>,
     opened: mpsc::UnboundedReceiver<Stream>,
     output: mpsc::Sender<Output>,
-    writer: JoinHandle<()>,
-    reader: JoinHandle<()>,
+    writer: AbortOnDropHandle<()>,
+    reader: AbortOnDropHandle<()>,
 }
 
 /// A stream that the peer opened. Reading ends where the peer half-closed; shutting down half-closes our side.
@@ -128,14 +127,14 @@ impl Connection {
             active: Instant::now(),
         };
         let shared = Arc::new(Shared { state: Mutex::new(state), room: Notify::new(), answers });
-        let writer = tokio::spawn(write(sink, outputs, answered, shared.clone()));
+        let writer = AbortOnDropHandle::new(tokio::spawn(write(sink, outputs, answered, shared.clone())));
         let reading = Reading {
             shared: shared.clone(),
             open,
             output: output.downgrade(),
             inflater: Inflater::default(),
         };
-        let reader = tokio::spawn(reading.run(input, early));
+        let reader = AbortOnDropHandle::new(tokio::spawn(reading.run(input, early)));
         Connection { shared, opened, output, writer, reader }
     }
 
@@ -163,11 +162,8 @@ impl Connection {
         };
         let said = timeout(GOODBYE, goodbye).await.is_ok();
         shared.end();
-        if !said {
-            writer.abort();
-            reader.abort();
-        } else if timeout(GOODBYE, &mut reader).await.is_err() {
-            reader.abort();
+        if said {
+            let _ = timeout(GOODBYE, &mut reader).await;
         }
     }
 }
