@@ -12,7 +12,7 @@ use futures_util::StreamExt;
 
 use crate::client::{Client, container, host_pod, pod};
 use crate::image::{catalog, large, push};
-use crate::{containerd, daemon, place, registry, setup, traces};
+use crate::{containerd, daemon, place, registry, setup, streams, traces};
 
 /// How much is measured.
 #[derive(Clone, Debug)]
@@ -27,6 +27,8 @@ pub struct Options {
     pub lines: usize,
     /// Only the peer of this name.
     pub only: Option<String>,
+    /// Only exec, attach and port-forward.
+    pub streaming: bool,
 }
 
 /// A runtime under measurement.
@@ -62,11 +64,23 @@ const ROWS: &[(&str, &str, bool)] = &[
     ("pull of 9 layers, 900 MB", "s", false),
     ("log throughput, 64-byte lines", "MB/s", true),
     ("CPU per GB of log, daemon and shim", "s", false),
+    (FIRST_BYTE, "ms", false),
+    ("exec stream, out", "MB/s", true),
+    ("exec stream, in", "MB/s", true),
+    ("attach, out", "MB/s", true),
+    ("port-forward, there and back", "MB/s", true),
+    ("port-forward, new connections", "1/s", true),
 ];
+
+const FIRST_BYTE: &str = "exec stream, first byte";
+/// Lines of 64 KiB through every stream, a quarter of a gibibyte.
+const POURED: &str = "4096";
+const FORWARDED: &str = "500";
 
 /// Measures crisp, containerd and every `name=socket` in the environment variable `PEERS`.
 pub fn run(options: &Options) -> Result<()> {
     setup::for_tests()?;
+    setup::go_module("streaming")?;
     let wanted = |name: &str| options.only.as_deref().is_none_or(|only| only == name);
     let store = registry::with_large(catalog::ensure()?)?;
     let images = registry::Docker::start(&store)?;
@@ -108,6 +122,9 @@ async fn measure(peers: &mut [Peer], options: &Options) -> Result<()> {
             peer.client.pull(&peer.image(image)?).await.with_context(|| format!("{}: pull", peer.name))?;
         }
     }
+    if options.streaming {
+        return stream(peers).await;
+    }
     // The first life warms caches and is not counted.
     for round in 0..=options.rounds {
         for peer in peers.iter_mut() {
@@ -132,6 +149,17 @@ async fn measure(peers: &mut [Peer], options: &Options) -> Result<()> {
             peer.logs(options.lines).await.with_context(|| format!("{}: logs", peer.name))?;
         }
         progress("logs", round + 1, 3);
+    }
+    stream(peers).await
+}
+
+/// Exec, attach and port-forward, all by SPDY: over WebSocket not every runtime speaks what clients speak today.
+async fn stream(peers: &mut [Peer]) -> Result<()> {
+    for round in 0..5 {
+        for peer in peers.iter_mut() {
+            peer.streams().await.with_context(|| format!("{}: streams", peer.name))?;
+        }
+        progress("streams", round + 1, 5);
     }
     Ok(())
 }
@@ -309,11 +337,81 @@ impl Peer {
         Ok(())
     }
 
+    /// The same client for all, so its own work is in all figures.
+    async fn streams(&mut self) -> Result<()> {
+        let client = self.client.clone();
+        let image = self.image(catalog::TOOLS)?;
+        let dir = place::scratch("bench-streams-")?;
+        let mut config = host_pod("streams");
+        config.log_directory = dir.path().display().to_string();
+        let pod = client.run_pod(&config).await?;
+        let idle = client.run(&pod, &container("idle", &image, "exec sleep 1000"), &config).await?;
+
+        let mut urls = String::new();
+        for _ in 0..50 {
+            urls += &(streams::exec(&client, &idle, false, "echo x").await? + "\n");
+        }
+        for line in streamed(&["many"], &urls)?.lines() {
+            self.note(FIRST_BYTE, field(line, 1)? * 1e3);
+        }
+        let flood = format!("flood {POURED} 65536");
+        let url = streams::exec(&client, &idle, false, &flood).await?;
+        self.rate("exec stream, out", &streamed(&["exec", "-count", &url], "")?)?;
+        // What comes back is how many bytes came.
+        let url = streams::exec(&client, &idle, true, "cat >/dev/null; echo done").await?;
+        let clock = streamed(&["exec", "-lines", POURED, "-count", &url], "")?;
+        self.note("exec stream, in", poured()? / 1e6 / field(&clock, 1)?);
+
+        let mut config_in = container("attached", &image, &format!("read begin; exec {flood}"));
+        (config_in.stdin, config_in.stdin_once) = (true, true);
+        let attached = client.run(&pod, &config_in, &config).await?;
+        let url = streams::attach(&client, &attached, true, false).await?;
+        self.rate("attach, out", &streamed(&["exec", "-i", "-count", &url], "go\n")?)?;
+
+        let port = streams::server()?.0.to_string();
+        let url = streams::forward(&client, &pod).await?;
+        self.rate(
+            "port-forward, there and back",
+            &streamed(&["forward", "-lines", POURED, &url, &port], "")?,
+        )?;
+        let url = streams::forward(&client, &pod).await?;
+        let clock = streamed(&["forward", "-serial", FORWARDED, &url, &port], "")?;
+        self.note("port-forward, new connections", FORWARDED.parse::<f64>()? / field(&clock, 0)?);
+
+        client.stop_pod(&pod).await?;
+        Ok(client.remove_pod(&pod).await?)
+    }
+
+    /// Notes megabytes a second of what a client says: bytes and seconds.
+    fn rate(&mut self, row: &'static str, said: &str) -> Result<()> {
+        let bytes = field(said, 0)?;
+        ensure!(bytes >= poured()?, "{row}: only {bytes} bytes came");
+        self.note(row, bytes / 1e6 / field(said, 1)?);
+        Ok(())
+    }
+
     /// Seconds of CPU that the daemon and the processes beside one pod have used.
     fn cpu(&self, pod: &str) -> f64 {
         let shims = traces::all_processes().filter(|pid| traces::command_line(*pid).contains(pod));
         shims.chain([self.daemon]).map(cpu).sum()
     }
+}
+
+/// What the program `streams` says.
+fn streamed(args: &[&str], input: &str) -> Result<String> {
+    let said = streams::fed_within(&mut streams::command(args)?, input.as_bytes(), Duration::from_secs(300))?;
+    ensure!(said.code == Some(0), "streams {}: {said:?}", args.join(" "));
+    Ok(said.out)
+}
+
+fn poured() -> Result<f64> {
+    Ok(POURED.parse::<f64>()? * 65536.0)
+}
+
+/// A number of a line, with or without a word before them.
+fn field(line: &str, number: usize) -> Result<f64> {
+    let numbers = line.split_whitespace().filter_map(|word| word.parse().ok());
+    numbers.into_iter().nth(number).with_context(|| format!("no number {number} in {line:?}"))
 }
 
 async fn print(peers: &mut [Peer], options: &Options) -> Result<()> {
@@ -355,7 +453,8 @@ async fn print(peers: &mut [Peer], options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn at(sorted: &[f64], part: f64) -> f64 {
+/// The figure below which a part of all is.
+pub fn at(sorted: &[f64], part: f64) -> f64 {
     let index = ((sorted.len() as f64 * part).ceil() as usize).clamp(1, sorted.len().max(1)) - 1;
     sorted.get(index).copied().unwrap_or(f64::NAN)
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::{place, run, setup};
@@ -81,6 +81,65 @@ pub fn run(socket: &Path, options: &Options) -> Result<Outcome> {
         outcome.failed.push(("critest itself".into(), run::how(ended.status)));
     }
     Ok(outcome)
+}
+
+/// How much critest's own benchmarks do; one at a time, so that an operation's time is its own.
+const BENCHMARK: &str = "containersNumber: 100
+containersNumberParallel: 1
+containerBenchmarkTimeoutSeconds: 30
+podsNumber: 50
+podsNumberParallel: 1
+podBenchmarkTimeoutSeconds: 30
+imagesNumber: 20
+imagesNumberParallel: 1
+imageBenchmarkTimeoutSeconds: 30
+podContainerStartBenchmarkTimeoutSeconds: 30
+imagePullingBenchmarkImage: crisp.test/small:1
+imageListingBenchmarkImages: [crisp.test/small:1]
+";
+
+/// An operation of a benchmark, and the milliseconds of every time it was done, sorted.
+pub type Operation = (String, Vec<f64>);
+
+/// Runs critest's own benchmarks.
+pub fn benchmark(socket: &Path) -> Result<Vec<Operation>> {
+    let dir = place::scratch("critest-")?;
+    let (params, results) = (dir.path().join("params.yaml"), dir.path().join("results"));
+    std::fs::write(&params, BENCHMARK)?;
+    std::fs::create_dir(&results)?;
+    let mut critest = Command::new(setup::go_program("critest")?);
+    critest
+        .arg(format!("--runtime-endpoint=unix://{}", socket.display()))
+        .arg("--benchmark")
+        .arg(format!("--benchmarking-params-file={}", params.display()))
+        .arg(format!("--benchmarking-output-dir={}", results.display()))
+        .args(["--ginkgo.no-color", "--ginkgo.timeout=10m"])
+        .current_dir(dir.path());
+    let said = run::stdout(&mut critest, Duration::from_secs(11 * 60))?;
+    let mut files: Vec<PathBuf> = std::fs::read_dir(&results)?.flatten().map(|entry| entry.path()).collect();
+    files.sort();
+    ensure!(!files.is_empty(), "critest measured nothing: {said}");
+    let mut operations = Vec::new();
+    for file in files {
+        let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        operations.extend(durations(&name, &serde_json::from_slice(&std::fs::read(&file)?)?)?);
+    }
+    Ok(operations)
+}
+
+/// The operations of one results file.
+fn durations(benchmark: &str, results: &Value) -> Result<Vec<Operation>> {
+    let names = results["operationsNames"].as_array().context("no names of operations")?;
+    let points = results["datapoints"].as_array().context("no datapoints")?;
+    let operation = |(number, name): (usize, &Value)| {
+        let name = format!("{benchmark}: {}", name.as_str().unwrap_or_default());
+        let nanoseconds = points.iter().filter_map(|point| point["operationsDurationsNs"][number].as_f64());
+        let mut times: Vec<f64> = nanoseconds.map(|n| n / 1e6).collect();
+        times.sort_by(f64::total_cmp);
+        ensure!(!times.is_empty(), "{name} was never done");
+        Ok((name, times))
+    };
+    names.iter().enumerate().map(operation).collect()
 }
 
 /// Reads ginkgo's JSON report.
@@ -165,6 +224,19 @@ pub fn prepare_host() -> Result<()> {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn every_operation_of_a_benchmark_has_its_times() {
+        let results = json!({"operationsNames": ["Create", "Remove"], "datapoints": [
+            {"operationsDurationsNs": [3e6, 1e6]}, {"operationsDurationsNs": [2e6, 5e6]},
+        ]});
+        let read = durations("pod", &results).unwrap();
+        assert_eq!(
+            read,
+            [("pod: Create".to_owned(), vec![2.0, 3.0]), ("pod: Remove".to_owned(), vec![1.0, 5.0])]
+        );
+        assert!(durations("pod", &json!({"operationsNames": ["Create"], "datapoints": []})).is_err());
+    }
 
     #[test]
     fn the_report_is_counted_and_every_skip_has_a_reason() {

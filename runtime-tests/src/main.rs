@@ -1,5 +1,7 @@
 //! lab: everything that is done with crisp beside building it. Here: arguments. The work is the library's.
 
+use std::path::Path;
+
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 use runtime_tests::image::catalog;
@@ -36,6 +38,9 @@ enum Command {
         /// Exec, attach and port-forward over WebSocket in place of SPDY.
         #[arg(long)]
         websocket: bool,
+        /// Run critest's own benchmarks in place of its tests.
+        #[arg(long)]
+        benchmark: bool,
         /// Test containerd in place of crisp, to see what this machine can pass.
         #[arg(long)]
         containerd: bool,
@@ -73,6 +78,9 @@ enum Command {
         /// Only this one: crisp or containerd.
         #[arg(long)]
         only: Option<String>,
+        /// Only exec, attach and port-forward.
+        #[arg(long)]
+        streaming: bool,
     },
 }
 
@@ -98,50 +106,53 @@ fn work() -> Result<()> {
         }
         Command::Check => suite::check(),
         Command::Test => suite::test(),
-        Command::Critest { focus, verbose, websocket, containerd } => {
-            run_critest(&critest::Options { focus, verbose, websocket }, containerd)
+        Command::Critest { benchmark: true, containerd, .. } => {
+            with_runtime(containerd, "cri-tools", |socket| {
+                println!("| median (95th percentile) | ms |\n|---|---|");
+                for (operation, times) in critest::benchmark(socket)? {
+                    println!(
+                        "| {operation} | {:.2} ({:.2}) |",
+                        bench::at(&times, 0.5),
+                        bench::at(&times, 0.95)
+                    );
+                }
+                Ok(())
+            })
         }
-        Command::Kubelet { containerd } => run_kubelet(containerd),
+        Command::Critest { focus, verbose, websocket, containerd, .. } => {
+            let options = critest::Options { focus, verbose, websocket };
+            let outcome = with_runtime(containerd, "cri-tools", |socket| {
+                critest::prepare_host()?;
+                critest::run(socket, &options)
+            })?;
+            outcome.print();
+            if !outcome.failed.is_empty() {
+                bail!("{} specs failed", outcome.failed.len());
+            }
+            Ok(())
+        }
+        Command::Kubelet { containerd } => {
+            let seen = with_runtime(containerd, "kubelet", kubelet::scenario)?;
+            seen.iter().for_each(|step| println!("ok: {step}"));
+            Ok(())
+        }
         Command::Fuzz { seconds, target } => fuzz::run(&fuzz::Options { seconds, target }),
         Command::Demo => demo::run(),
-        Command::Bench { rounds, pods, pulls, lines, only } => {
-            bench::run(&bench::Options { rounds, pods, pulls, lines, only })
+        Command::Bench { rounds, pods, pulls, lines, only, streaming } => {
+            bench::run(&bench::Options { rounds, pods, pulls, lines, only, streaming })
         }
     }
 }
 
-fn run_critest(options: &critest::Options, peer: bool) -> Result<()> {
+/// Starts crisp, or containerd in its place, for a program of a Go module.
+fn with_runtime<T>(peer: bool, module: &str, act: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
     setup::for_tests()?;
-    setup::go_module("cri-tools")?;
-    critest::prepare_host()?;
+    setup::go_module(module)?;
     let images = registry::Docker::start(&catalog::ensure()?)?;
-    let outcome = if peer {
+    if peer {
         setup::go_module("peers")?;
-        let containerd = containerd::Containerd::start(images.address())?;
-        critest::run(&containerd.socket(), options)?
+        act(&containerd::Containerd::start(images.address())?.socket())
     } else {
-        let daemon = daemon::Daemon::start(images.address())?;
-        critest::run(&daemon.socket(), options)?
-    };
-    outcome.print();
-    if !outcome.failed.is_empty() {
-        bail!("{} specs failed", outcome.failed.len());
+        act(&daemon::Daemon::start(images.address())?.socket())
     }
-    Ok(())
-}
-
-fn run_kubelet(peer: bool) -> Result<()> {
-    setup::for_tests()?;
-    setup::go_module("kubelet")?;
-    let images = registry::Docker::start(&catalog::ensure()?)?;
-    let seen = if peer {
-        setup::go_module("peers")?;
-        let containerd = containerd::Containerd::start(images.address())?;
-        kubelet::scenario(&containerd.socket())?
-    } else {
-        let daemon = daemon::Daemon::start(images.address())?;
-        kubelet::scenario(&daemon.socket())?
-    };
-    seen.iter().for_each(|step| println!("ok: {step}"));
-    Ok(())
 }

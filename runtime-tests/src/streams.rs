@@ -1,8 +1,10 @@
 //! URLs of exec, attach and port-forward, and the clients that come with them: the program `streams`, which is
 //! client-go's executors and dialers.
 
-use std::io::Write;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -100,7 +102,7 @@ pub fn fed_within(command: &mut Command, input: &[u8], limit: Duration) -> Resul
     input_file.write_all(input)?;
     std::io::Seek::rewind(&mut input_file)?;
     let mut child = Killed(command.stdin(input_file).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?);
-    let read = |pipe: Option<Box<dyn std::io::Read + Send>>| {
+    let read = |pipe: Option<Box<dyn Read + Send>>| {
         std::thread::spawn(move || {
             let mut bytes = Vec::new();
             if let Some(mut pipe) = pipe {
@@ -117,4 +119,38 @@ pub fn fed_within(command: &mut Command, input: &[u8], limit: Duration) -> Resul
     let (out, err) = (joined(out)?, joined(err)?);
     let status = status.with_context(|| format!("not at its end within {limit:?}: {out}{err}"))?;
     Ok(Said { code: status.code(), out, err })
+}
+
+/// A server for the program's port-forwards: it says hello, hangs up its own side at a line "enough", and otherwise echoes. Tells what came after
+/// it had hung up.
+pub fn server() -> Result<(u16, Receiver<String>)> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let port = listener.local_addr()?.port();
+    let (heard, hears) = channel();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let heard = heard.clone();
+            std::thread::spawn(move || serve(stream, &heard).ok());
+        }
+    });
+    Ok((port, hears))
+}
+
+fn serve(mut stream: TcpStream, heard: &Sender<String>) -> Result<()> {
+    stream.write_all(b"hello\n")?;
+    let mut bytes = vec![0; 1 << 18];
+    loop {
+        let count = stream.read(&mut bytes)?;
+        let piece = bytes.get(..count).unwrap_or_default();
+        if piece == b"enough\n" {
+            stream.shutdown(Shutdown::Write)?;
+            let mut rest = String::new();
+            stream.read_to_string(&mut rest)?;
+            return Ok(heard.send(rest)?);
+        }
+        if count == 0 {
+            return Ok(());
+        }
+        stream.write_all(piece)?;
+    }
 }

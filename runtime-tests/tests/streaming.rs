@@ -2,7 +2,7 @@
 //! SPDY and WebSocket. Terminals are in `terminals.rs`, clients that do what they must not in `bad_clients.rs`.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -238,45 +238,11 @@ async fn a_thousand_commands_at_once_leave_nothing_behind() -> Result<()> {
     bed.unmoved(daemon)
 }
 
-/// A server that says hello; it hangs up its own side at a line "enough", and otherwise echoes. Tells what came after
-/// it had hung up.
-fn server() -> Result<(u16, std::sync::mpsc::Receiver<String>)> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let port = listener.local_addr()?.port();
-    let (heard, hears) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            let heard = heard.clone();
-            std::thread::spawn(move || serve(stream, &heard).ok());
-        }
-    });
-    Ok((port, hears))
-}
-
-fn serve(mut stream: TcpStream, heard: &std::sync::mpsc::Sender<String>) -> Result<()> {
-    stream.write_all(b"hello\n")?;
-    let mut bytes = vec![0; 1 << 18];
-    loop {
-        let count = stream.read(&mut bytes)?;
-        let piece = bytes.get(..count).unwrap_or_default();
-        if piece == b"enough\n" {
-            stream.shutdown(Shutdown::Write)?;
-            let mut rest = String::new();
-            stream.read_to_string(&mut rest)?;
-            return Ok(heard.send(rest)?);
-        }
-        if count == 0 {
-            return Ok(());
-        }
-        stream.write_all(piece)?;
-    }
-}
-
 #[tokio::test]
 async fn forwarded_connections_live_side_by_side_and_hang_up_one_way_at_a_time() -> Result<()> {
     let bed = Bed::new().await?;
     let pod = bed.host_pod("forwards").await?;
-    let (port, hears) = server()?;
+    let (port, hears) = streams::server()?;
     let port = port.to_string();
     let refused = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port().to_string();
     let before = traces::descriptors(bed.daemon.pid());

@@ -30,7 +30,7 @@ func forward(args []string) error {
 	d.flags(set)
 	refused := set.String("refused", "", "a port that nobody listens on, tried first")
 	parallel := set.Int("parallel", 0, "so many connections at a time, each echoing 100 kB")
-	serial := set.Int("serial", 0, "so many connections one after another, each echoing one byte")
+	serial := set.Int("serial", 0, "so many connections one after another, each hung up by the port")
 	lines := set.Int("lines", 0, "echo so many lines of 64 KiB")
 	_ = set.Parse(args)
 
@@ -67,17 +67,18 @@ func forward(args []string) error {
 	}
 	began := time.Now()
 	for n := range *serial {
-		if err := f.echo(*parallel+n+1, []byte{7}); err != nil {
+		if err := f.hungUp(*parallel+n+1, ""); err != nil {
 			return err
 		}
 	}
 	if *serial > 0 {
 		fmt.Printf("serial: %.6f\n", time.Since(began).Seconds())
+		return nil
 	}
 	if *lines > 0 {
-		return f.pour(*parallel+*serial+1, *lines)
+		return f.pour(*parallel+1, *lines)
 	}
-	return f.hungUp(*parallel + *serial + 1)
+	return f.hungUp(*parallel+1, "still heard")
 }
 
 type forwarded struct {
@@ -138,17 +139,15 @@ func (f *forwarded) pour(request, lines int) error {
 		return err
 	}
 	began := time.Now()
-	go func() {
-		_, _ = io.Copy(data, &flood{left: lines})
-		_ = data.Close()
-	}()
-	got, err := io.Copy(io.Discard, data)
+	go func() { _, _ = io.Copy(data, &flood{left: lines}) }()
+	got, err := io.CopyN(io.Discard, data, int64(len("hello\n")+lines<<16))
 	fmt.Printf("poured: %d %.6f\n", got, time.Since(began).Seconds())
+	_ = data.Close()
 	return errors.Join(err, quiet(failure))
 }
 
 // The port's half-close comes to us, and it hears us all the same.
-func (f *forwarded) hungUp(request int) error {
+func (f *forwarded) hungUp(request int, word string) error {
 	data, failure, err := f.open(request)
 	if err != nil {
 		return err
@@ -159,7 +158,7 @@ func (f *forwarded) hungUp(request int) error {
 	if got, err := io.ReadAll(data); err != nil || string(got) != "hello\n" {
 		return fmt.Errorf("before the port hung up: %q, %v", got, err)
 	}
-	if _, err := data.Write([]byte("still heard")); err != nil {
+	if _, err := data.Write([]byte(word)); err != nil {
 		return err
 	}
 	_ = data.Close()
