@@ -70,6 +70,7 @@ const ROWS: &[(&str, &str, bool)] = &[
     ("attach, out", "MB/s", true),
     ("port-forward, there and back", "MB/s", true),
     ("port-forward, new connections", "1/s", true),
+    ("CPU per GB of streams, daemon and shim", "s", false),
 ];
 
 const FIRST_BYTE: &str = "exec stream, first byte";
@@ -354,6 +355,7 @@ impl Peer {
         for line in streamed(&["many"], &urls)?.lines() {
             self.note(FIRST_BYTE, field(line, 1)? * 1e3);
         }
+        let before = self.cpu(&pod);
         let flood = format!("flood {POURED} 65536");
         let url = streams::exec(&client, &idle, false, &flood).await?;
         self.rate("exec stream, out", &streamed(&["exec", "-count", &url], "")?)?;
@@ -374,6 +376,9 @@ impl Peer {
             "port-forward, there and back",
             &streamed(&["forward", "-lines", POURED, &url, &port], "")?,
         )?;
+        // Out, in, out again, there and back.
+        let gigabytes = 5.0 * poured()? / 1e9;
+        self.note("CPU per GB of streams, daemon and shim", (self.cpu(&pod) - before) / gigabytes);
         let url = streams::forward(&client, &pod).await?;
         let clock = streamed(&["forward", "-serial", FORWARDED, &url, &port], "")?;
         self.note("port-forward, new connections", FORWARDED.parse::<f64>()? / field(&clock, 0)?);

@@ -67,7 +67,7 @@ func forward(args []string) error {
 	}
 	began := time.Now()
 	for n := range *serial {
-		if err := f.hungUp(*parallel+n+1, ""); err != nil {
+		if err := f.brief(*parallel + n + 1); err != nil {
 			return err
 		}
 	}
@@ -78,7 +78,7 @@ func forward(args []string) error {
 	if *lines > 0 {
 		return f.pour(*parallel+1, *lines)
 	}
-	return f.hungUp(*parallel+1, "still heard")
+	return f.hungUp(*parallel + 1)
 }
 
 type forwarded struct {
@@ -146,8 +146,25 @@ func (f *forwarded) pour(request, lines int) error {
 	return errors.Join(err, quiet(failure))
 }
 
+// Both ends hang up by themselves: containerd waits a second for the one that does not.
+func (f *forwarded) brief(request int) error {
+	data, failure, err := f.open(request)
+	if err != nil {
+		return err
+	}
+	defer f.connection.RemoveStreams(data, failure)
+	if _, err := data.Write([]byte("enough\n")); err != nil {
+		return err
+	}
+	_ = data.Close()
+	if got, err := io.ReadAll(data); err != nil || string(got) != "hello\n" {
+		return fmt.Errorf("a brief connection: %q, %v", got, err)
+	}
+	return quiet(failure)
+}
+
 // The port's half-close comes to us, and it hears us all the same.
-func (f *forwarded) hungUp(request int, word string) error {
+func (f *forwarded) hungUp(request int) error {
 	data, failure, err := f.open(request)
 	if err != nil {
 		return err
@@ -158,7 +175,7 @@ func (f *forwarded) hungUp(request int, word string) error {
 	if got, err := io.ReadAll(data); err != nil || string(got) != "hello\n" {
 		return fmt.Errorf("before the port hung up: %q, %v", got, err)
 	}
-	if _, err := data.Write([]byte(word)); err != nil {
+	if _, err := data.Write([]byte("still heard")); err != nil {
 		return err
 	}
 	_ = data.Close()
