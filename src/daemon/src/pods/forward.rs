@@ -49,14 +49,16 @@ pub async fn connect(pod: &Pod, port: u16) -> io::Result<TcpStream> {
 
 /// A socket of a network namespace, made by a thread of its own: one that has moved is of no use to others.
 async fn socket(netns: Option<PathBuf>, six: bool) -> io::Result<TcpSocket> {
-    let (send, receive) = oneshot::channel();
-    let work = move || -> io::Result<OwnedFd> {
-        if let Some(path) = netns {
-            move_into_link_name_space(File::open(path)?.as_fd(), Some(LinkNameSpaceType::Network))?;
-        }
+    let make = move || -> io::Result<OwnedFd> {
         let family = if six { AddressFamily::INET6 } else { AddressFamily::INET };
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         Ok(socket_with(family, SocketType::STREAM, flags, None)?)
+    };
+    let Some(path) = netns else { return Ok(TcpSocket::from_std_stream(make()?.into())) };
+    let (send, receive) = oneshot::channel();
+    let work = move || -> io::Result<OwnedFd> {
+        move_into_link_name_space(File::open(path)?.as_fd(), Some(LinkNameSpaceType::Network))?;
+        make()
     };
     thread::Builder::new().name("netns".into()).stack_size(64 << 10).spawn(move || {
         // Nobody waits any more: the socket goes.

@@ -419,7 +419,7 @@ impl AsyncRead for Stream {
         let mut state = self.shared.state();
         let ended = state.ended;
         let Some(inbox) = state.inboxes.get_mut(&self.id) else { return Poll::Ready(Ok(())) };
-        let Some(chunk) = inbox.chunks.front_mut() else {
+        if inbox.chunks.is_empty() {
             return match (inbox.reset, inbox.finished, ended) {
                 (true, ..) => Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())),
                 (_, true, _) | (.., true) => Poll::Ready(Ok(())),
@@ -428,12 +428,16 @@ impl AsyncRead for Stream {
                     Poll::Pending
                 }
             };
-        };
-        let length = chunk.len().min(out.remaining());
-        out.put_slice(&chunk.split_to(length));
-        if chunk.is_empty() {
-            inbox.chunks.pop_front();
         }
+        let before = out.remaining();
+        while let Some(chunk) = inbox.chunks.front_mut().filter(|_| out.remaining() > 0) {
+            let length = chunk.len().min(out.remaining());
+            out.put_slice(&chunk.split_to(length));
+            if chunk.is_empty() {
+                inbox.chunks.pop_front();
+            }
+        }
+        let length = before - out.remaining();
         state.buffered = state.buffered.saturating_sub(length);
         drop(state);
         self.shared.room.notify_one();
