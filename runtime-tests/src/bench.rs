@@ -12,7 +12,7 @@ use futures_util::StreamExt;
 
 use crate::client::{Client, container, host_pod, pod};
 use crate::image::{catalog, large, push};
-use crate::{containerd, daemon, place, registry, setup, streams, traces};
+use crate::{containerd, daemon, place, registry, setup, spdy, streams, traces};
 
 /// How much is measured.
 #[derive(Clone, Debug)]
@@ -75,8 +75,8 @@ const ROWS: &[(&str, &str, bool)] = &[
 
 const FIRST_BYTE: &str = "exec stream, first byte";
 /// Lines of 64 KiB through every stream, a quarter of a gibibyte.
-const POURED: &str = "4096";
-const FORWARDED: &str = "500";
+const POURED: usize = 4096;
+const FORWARDED: usize = 500;
 
 /// Measures crisp, containerd and every `name=socket` in the environment variable `PEERS`.
 pub fn run(options: &Options) -> Result<()> {
@@ -338,7 +338,7 @@ impl Peer {
         Ok(())
     }
 
-    /// The same client for all, so its own work is in all figures.
+    /// Output comes to client-go's client, whose own work is in its figures; input and connections are a thin one's.
     async fn streams(&mut self) -> Result<()> {
         let client = self.client.clone();
         let image = self.image(catalog::TOOLS)?;
@@ -359,10 +359,9 @@ impl Peer {
         let flood = format!("flood {POURED} 65536");
         let url = streams::exec(&client, &idle, false, &flood).await?;
         self.rate("exec stream, out", &streamed(&["exec", "-count", &url], "")?)?;
-        // What comes back is how many bytes came.
-        let url = streams::exec(&client, &idle, true, "cat >/dev/null; echo done").await?;
-        let clock = streamed(&["exec", "-lines", POURED, "-count", &url], "")?;
-        self.note("exec stream, in", poured()? / 1e6 / field(&clock, 1)?);
+        let url =
+            streams::exec(&client, &idle, true, "dd bs=65536 of=/dev/null 2>/dev/null; echo done").await?;
+        self.note("exec stream, in", megabytes(poured()) / spdy::pour(&url, poured())?);
 
         let mut config_in = container("attached", &image, &format!("read begin; exec {flood}"));
         (config_in.stdin, config_in.stdin_once) = (true, true);
@@ -372,16 +371,12 @@ impl Peer {
 
         let port = streams::server()?.0.to_string();
         let url = streams::forward(&client, &pod).await?;
-        self.rate(
-            "port-forward, there and back",
-            &streamed(&["forward", "-lines", POURED, &url, &port], "")?,
-        )?;
+        self.note("port-forward, there and back", megabytes(poured()) / spdy::echo(&url, &port, poured())?);
         // Out, in, out again, there and back.
-        let gigabytes = 5.0 * poured()? / 1e9;
+        let gigabytes = 5.0 * megabytes(poured()) / 1e3;
         self.note("CPU per GB of streams, daemon and shim", (self.cpu(&pod) - before) / gigabytes);
         let url = streams::forward(&client, &pod).await?;
-        let clock = streamed(&["forward", "-serial", FORWARDED, &url, &port], "")?;
-        self.note("port-forward, new connections", FORWARDED.parse::<f64>()? / field(&clock, 0)?);
+        self.note("port-forward, new connections", FORWARDED as f64 / spdy::connect(&url, &port, FORWARDED)?);
 
         client.stop_pod(&pod).await?;
         Ok(client.remove_pod(&pod).await?)
@@ -390,7 +385,7 @@ impl Peer {
     /// Notes megabytes a second of what a client says: bytes and seconds.
     fn rate(&mut self, row: &'static str, said: &str) -> Result<()> {
         let bytes = field(said, 0)?;
-        ensure!(bytes >= poured()?, "{row}: only {bytes} bytes came");
+        ensure!(bytes >= poured() as f64, "{row}: only {bytes} bytes came");
         self.note(row, bytes / 1e6 / field(said, 1)?);
         Ok(())
     }
@@ -409,8 +404,12 @@ fn streamed(args: &[&str], input: &str) -> Result<String> {
     Ok(said.out)
 }
 
-fn poured() -> Result<f64> {
-    Ok(POURED.parse::<f64>()? * 65536.0)
+fn poured() -> usize {
+    POURED * 65536
+}
+
+fn megabytes(bytes: usize) -> f64 {
+    bytes as f64 / 1e6
 }
 
 /// A number of a line, with or without a word before them.

@@ -1,7 +1,7 @@
 //! Fixtures for tests of the real daemon, the real shim and the real kernel, driven through the CRI socket and by
 //! signals, never from inside. Reading order: where things are (`place`, `setup`, `build`), what runs (`daemon`,
 //! `containerd`, `registry`, `image`), what drives it (`client`, `crictl`, `critest`, `kubelet`, `streams`), what is measured
-//! (`traces`, `bench`), and what puts it all together (`demo`, `suite`).
+//! (`traces`, `bench`, with `spdy`), and what puts it all together (`demo`, `suite`).
 
 pub mod place;
 pub mod run;
@@ -24,6 +24,7 @@ pub mod oci;
 pub mod streams;
 
 pub mod bench;
+pub mod spdy;
 pub mod traces;
 
 pub mod demo;
